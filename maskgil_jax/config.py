@@ -1,0 +1,242 @@
+"""The whole configuration schema: `default()` names every field, presets fix every choice.
+
+A config file (`configs/*.py`) starts from `preset(name)` and changes what its run changes. The
+result is locked: an unknown field is an error that names the nearest one. `build/` turns it into
+frozen dataclasses; nothing below `build/` sees a `ConfigDict`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# What the sources leave open or contradict, fixed three ways. `recommended` is the default.
+# Reference: `paper` MaskGIL sections 2.3, 3, 4.2, 4.3; `released` the published code.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "model.condition": "first",
+        "model.rope": "2d",
+        "model.cond_rope": "identity",
+        "model.embeddings": "separate",
+        "training.loss_tokens": "masked",
+        "training.mask_draw": "bernoulli",
+        "sampler.schedule": "arccos",
+        "sampler.schedule_form": "increments",
+        "sampler.rescale": True,
+        "sampler.guidance_schedule": "constant",
+        "sampler.temperature": 1.0,
+        "sampler.gumbel_temperature": 0.0,
+    },
+    "released": {
+        "model.condition": "last",
+        "model.rope": "1d",
+        "model.cond_rope": "table",
+        "model.embeddings": "shared",
+        "training.loss_tokens": "all",
+        "training.mask_draw": "bernoulli",
+        "sampler.schedule": "arccos",
+        "sampler.schedule_form": "increments",
+        "sampler.rescale": False,
+        "sampler.guidance_schedule": "linear",
+        "sampler.temperature": 1.0,
+        "sampler.gumbel_temperature": 4.5,
+    },
+    "recommended": {
+        "model.condition": "first",
+        "model.rope": "2d",
+        "model.cond_rope": "identity",
+        "model.embeddings": "separate",
+        "training.loss_tokens": "masked",
+        "training.mask_draw": "exact",
+        "sampler.schedule": "arccos",
+        "sampler.schedule_form": "increments",
+        "sampler.rescale": True,
+        "sampler.guidance_schedule": "linear",
+        "sampler.temperature": 1.0,
+        "sampler.gumbel_temperature": 4.5,
+    },
+}
+
+
+def default() -> ConfigDict:
+    """Return every field with its default: MaskGIL-B on ImageNet 256, preset `recommended`."""
+    config = ConfigDict()
+    config.kind = "maskgil"  # what is trained: maskgil | tokenizer
+    config.preset = "recommended"  # which preset the config started from (for the record)
+    config.seed = 0  # seed of parameters, data order, masks and dropout
+
+    model = config.model = ConfigDict()  # the Bidirectional LLaMA; see MaskGILConfig
+    model.num_layers = 12
+    model.width = 768
+    model.num_heads = 12
+    model.mlp_width = 2048
+    model.codebook_size = 16384  # must be the tokenizer's
+    model.num_classes = 1000  # must be the dataset's
+    model.grid_size = (16, 16)  # tokens per column and row: image size / downsample factor
+    model.condition = "first"  # place of the class token: first | last
+    model.rope = "2d"  # 2d | 1d
+    model.cond_rope = "identity"  # rotary row of the class token: identity | zero | table
+    model.rope_base = 10000.0
+    model.embeddings = "separate"  # separate token and label tables | one shared table
+    model.qk_norm = "none"  # none | layer | rms, over the head dimension, before RoPE
+    model.post_norm = "none"  # none | rms | layer, on the outputs of attention and MLP
+    model.norm_eps = 1e-5
+    model.dropout = 0.1  # on the outputs of attention and MLP
+    model.embedding_dropout = 0.0  # on the embedded sequence
+    model.dtype = "bfloat16"  # of the computation: bfloat16 | float32; parameters are float32
+    model.remat = "none"  # recompute in the backward pass: none | full | dots
+    model.scan_unroll = 1  # layers per iteration of the scan
+    model.attention = "xla"  # xla | cudnn (GPU, bfloat16)
+    model.head_alignment = 128  # head rows are padded to a multiple while computing
+
+    tokenizer = config.tokenizer = ConfigDict()
+    tokenizer.path = ""  # model directory, or run directory of a tokenizer; asset:NAME is shipped
+    tokenizer.batch_size = 64  # images at a time when a dataset is encoded up front
+
+    vq = config.vq = ConfigDict()  # architecture, for kind "tokenizer"; see LlamaGenVQConfig
+    vq.codebook_size = 16384
+    vq.embed_dim = 8
+    vq.channels = 128
+    vq.channel_multipliers = (1, 1, 2, 2, 4)
+    vq.num_res_blocks = 2
+    vq.latent_channels = 256
+    vq.image_channels = 3
+    vq.dropout = 0.0
+    vq.l2_normalize = True
+    vq.dtype = "float32"
+
+    vq_loss = config.vq_loss = ConfigDict()  # see TokenizerLossWeights
+    vq_loss.reconstruction_kind = "l2"  # l2 | l1
+    vq_loss.reconstruction = 1.0
+    vq_loss.codebook = 1.0
+    vq_loss.commitment = 0.25
+    vq_loss.entropy = 0.0
+    vq_loss.entropy_temperature = 0.01
+
+    data = config.data = ConfigDict()
+    data.name = "folder"  # digits | folder | tfds
+    data.path = ""  # folder: root of <split>/<class>/*.JPEG; tfds: data_dir
+    data.tfds_name = "imagenet2012"  # a prepared TFDS dataset, read without TensorFlow
+    data.split = "train"
+    data.image_size = (256, 256)  # height and width in pixels
+    data.flip = True  # random horizontal flips
+    data.shift_px = 0.0  # random shifts up to this many pixels
+    data.rotation_deg = 0.0  # random rotations up to this angle
+    data.scale_range = (1.0, 1.0)  # random scalings
+    data.max_bad_images = 0  # unreadable images to replace before giving up
+    data.cache_tokens = False  # encode the whole dataset once, into memory, before training
+    data.cache_copies = 1  # augmented copies of every image in that cache
+    data.num_threads = 8  # reading threads of each process
+    data.prefetch = 2  # batches put on the devices ahead of time
+
+    training = config.training = ConfigDict()
+    training.batch_size = 256  # images per update, over all processes
+    training.num_steps = 300_000  # updates
+    training.accumulation_steps = 1  # parts in which the gradient of a batch is computed
+    training.loss_tokens = "masked"  # masked | all
+    training.label_smoothing = 0.1
+    training.condition_dropout = 0.1  # share of labels replaced by "no condition"
+    training.mask_schedule = "arccos"  # curve of the masked share
+    training.mask_draw = "exact"  # exact | bernoulli
+    training.ema_decay = 0.0  # decay of the parameter average; 0 keeps none
+
+    optimizer = config.optimizer = ConfigDict()  # see OptimizerConfig
+    optimizer.learning_rate = 1e-4
+    optimizer.rate_schedule = "constant"  # constant | cosine
+    optimizer.warmup_steps = 0
+    optimizer.betas = (0.9, 0.96)
+    optimizer.epsilon = 1e-8
+    optimizer.weight_decay = 1e-5
+    optimizer.decay = "all"  # all | matrices
+    optimizer.clip_norm = 1.0  # 0 switches clipping off
+
+    mesh = config.mesh = ConfigDict()  # devices per axis; -1 takes what is left
+    mesh.data = -1
+    mesh.fsdp = 1
+    mesh.tensor = 1
+
+    logging = config.logging = ConfigDict()
+    logging.every = 100  # updates between progress lines and TensorBoard scalars
+    logging.sample_every = 10_000  # updates between sample grids; 0 draws them only at the end
+    logging.checkpoint_every = 5_000  # updates between checkpoints
+    logging.keep_checkpoints = 2
+
+    sampler = config.sampler = ConfigDict()  # see SamplerConfig
+    sampler.num_steps = 8
+    sampler.schedule = "arccos"  # root | linear | cosine | square | arccos
+    sampler.schedule_form = "increments"  # increments | mask_ratio
+    sampler.rescale = True  # scale the schedule to the tokens unknown at the start
+    sampler.guidance_scale = 2.0  # 1 is no guidance
+    sampler.guidance_schedule = "linear"  # constant | linear | power_cosine
+    sampler.guidance_power = 1.0
+    sampler.temperature = 1.0
+    sampler.gumbel_temperature = 4.5
+
+    report = config.report = ConfigDict()  # what is measured when a run has ended
+    report.name = "none"  # none | digits
+    report.num_samples = 1000
+    report.batch_size = 250
+    return config.lock()
+
+
+def preset(name: str = "recommended") -> ConfigDict:
+    """Return the default configuration with all choices of a preset.
+
+    Args:
+        name: `paper`, `released` or `recommended`.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; allowed: {', '.join(PRESETS)}")
+    config = default()
+    config.preset = name
+    config.update_from_flattened_dict(PRESETS[name])
+    return config
+
+
+def to_json(config: ConfigDict) -> str:
+    """Return the configuration as JSON, the form a run directory keeps."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Return the configuration that `to_json` wrote.
+
+    Raises:
+        ValueError: if a field is unknown; fields added since take their defaults.
+    """
+    config = default()
+    _update(config, json.loads(text), "")
+    return config
+
+
+def _update(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
+    for name, value in values.items():
+        if name not in config:
+            raise ValueError(
+                f"the run's configuration has the field {prefix}{name}, which this version of "
+                "maskgil_jax does not know; use the version that wrote it"
+            )
+        if isinstance(config[name], ConfigDict):
+            _update(config[name], value, f"{prefix}{name}.")
+        else:
+            config[name] = tuple(value) if isinstance(value, list) else value
+
+
+def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Return one line for every field in which two configurations differ."""
+    a, b = _flatten(old.to_dict()), _flatten(new.to_dict())
+    return [f"{k}: {a.get(k)!r} → {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return flat

@@ -1,0 +1,216 @@
+"""The only file that uses PyTorch: read the weights of its pickles, and write such files.
+
+Run as a program, `python -m maskgil_jax.convert.torch_io SRC OUT [WRAPPER …]` copies the weights
+of one `.pt` file into a safetensors file, as a child of `files.py` with limited memory. A hostile
+file must get nothing run and little allocated, hence, in this order:
+
+* the archive is checked: stored members only, in total no larger than the file, each with a right
+  checksum (`torch.load` itself loads damaged weights silently);
+* `torch.load(weights_only=True)` with no added globals, of a torch that compares the size a pickle
+  declares for a storage with that of its member (2.10 and later do);
+* tensors may be views larger than their storage, so nothing is copied before each is known to be
+  dense and to share memory with no other.
+
+Files from before torch 1.6 are not archives and are refused: their sizes cannot be checked ahead.
+"""
+
+import itertools
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXIT_REFUSED, EXIT_NO_TORCH = 3, 4
+NO_TORCH = (
+    "reading and writing .pt files needs PyTorch 2.10 or later: "
+    'pip install "maskgil_jax[torch]" (.safetensors files need none)'
+)
+_SPARE_MEMORY = 1 << 30
+
+
+class RefusedError(ValueError):
+    """The file is damaged or holds something other than plain tensors."""
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse the file unless every member of the archive is stored, unique and undamaged."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise RefusedError(
+                "not a zip archive: either no PyTorch file, or one from before torch 1.6; load it "
+                "where you trust it and torch.save it again"
+            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_members(archive.infolist(), path.stat().st_size)
+            damaged = archive.testzip()
+    # A damaged directory makes zipfile raise a dozen different errors.
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        raise RefusedError(f"the zip archive is damaged or truncated: {error}") from error
+    if damaged is not None:
+        raise RefusedError(f"damaged: the checksum of {damaged!r} is wrong; get the file again")
+
+
+_DAMAGE = (EOFError, OSError, NotImplementedError, OverflowError, RuntimeError, LookupError)
+
+
+def _check_members(members: list[zipfile.ZipInfo], file_size: int) -> None:
+    odd = [
+        member.filename
+        for member in members
+        if member.compress_type != zipfile.ZIP_STORED
+        or member.compress_size != member.file_size
+        or member.flag_bits & 1
+    ]
+    if odd:
+        raise RefusedError(f"compressed or encrypted members, which torch.save never writes: {odd}")
+    names = {member.filename for member in members}
+    if len(names) != len(members) or sum(member.file_size for member in members) > file_size:
+        raise RefusedError("members of the zip archive overlap")
+
+
+def _load(path: Path) -> Any:
+    """Load what was saved, or say what kept it from being plain data."""
+    import torch
+
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        what = f" ({named.group(1)})" if named else ""
+        raise RefusedError(
+            f"the pickle holds more than tensors{what}, and reading that could run code; where "
+            "you trust the file, load it with weights_only=False and torch.save a dict of its "
+            "tensors alone"
+        ) from error
+
+
+def _select_weights(saved: Any, wrappers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Return the state dict in what was saved, and the entry that held it ("" for none)."""
+    if not isinstance(saved, dict):
+        raise RefusedError(f"the file holds a {type(saved).__name__}, not a dict of tensors")
+    for wrapper in wrappers:
+        if isinstance(saved.get(wrapper), dict):
+            return saved[wrapper], wrapper
+    if not saved or not all(hasattr(value, "data_ptr") for value in saved.values()):
+        entries = ", ".join(repr(name) for name in list(saved)[:20]) or "none"
+        raise RefusedError(f"no weights under {' or '.join(wrappers)}; its entries are: {entries}")
+    return saved, ""
+
+
+def _check_tensor(name: Any, tensor: Any) -> None:
+    """Refuse all but a strided tensor whose elements lie in a row, in any order of axes."""
+    import torch
+
+    if not isinstance(name, str):
+        raise RefusedError(f"the key {name!r} is no string")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise RefusedError(f"{name!r} is of type {type(tensor).__name__}, not a plain tensor")
+    strided = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+        raise RefusedError(f"{name!r} is sparse, quantised, without data, or lazily negated")
+    expected = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1 and stride != expected:
+            raise RefusedError(
+                f"{name!r} {list(tensor.shape)} is a view that skips or repeats elements; save a "
+                ".contiguous() copy"
+            )
+        expected *= max(length, 1)
+
+
+def _check_overlap(state: Mapping[str, Any]) -> None:
+    """Refuse tensors that share memory: each weight has its own."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in state.items()
+        if tensor.nbytes
+    )
+    for (_, end, one), (start, _, two) in itertools.pairwise(spans):
+        if start < end:
+            raise RefusedError(f"{one!r} and {two!r} share memory; save a .clone() of one")
+
+
+def extract_weights(path: Path, out: Path, wrappers: tuple[str, ...]) -> None:
+    """Copy the weights of a PyTorch file into a new safetensors file.
+
+    Args:
+        path: the PyTorch file.
+        out: the safetensors file; its metadata `weights_under` names the entry they were under.
+        wrappers: entries that may hold the weights, the preferred one first.
+
+    Raises:
+        RefusedError: the file is damaged or holds something other than plain tensors.
+        ImportError: PyTorch is not installed.
+    """
+    _check_archive(path)
+    import safetensors.torch
+
+    # Only now, as the libraries of torch take whatever address space they take.
+    _limit_memory(_SPARE_MEMORY + 4 * path.stat().st_size)
+    state, wrapper = _select_weights(_load(path), wrappers)
+    for name, tensor in state.items():
+        _check_tensor(name, tensor)
+    _check_overlap(state)
+    plain = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(plain, out, {"weights_under": wrapper})
+
+
+def _limit_memory(extra: int) -> None:
+    """Let this process map only `extra` more bytes of memory (where the system can say)."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return
+    import resource
+
+    mapped = int(status.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, mapped + extra))
+
+
+def save_pickle(path: Path, state_dicts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write `{wrapper: {key: tensor}}` as torch.save does.
+
+    Raises:
+        ImportError: PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(NO_TORCH) from error
+    # A copy, since torch wants writable memory and would save the whole of what a view is part of.
+    torch.save(
+        {
+            wrapper: {key: torch.from_numpy(array.copy()) for key, array in state.items()}
+            for wrapper, state in state_dicts.items()
+        },
+        path,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run `extract_weights` as a program; the reason for a refusal goes to the standard output."""
+    path, out, *wrappers = arguments
+    try:
+        extract_weights(Path(path), Path(out), tuple(wrappers))
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return EXIT_NO_TORCH
+    except RefusedError as error:
+        print(error)
+        return EXIT_REFUSED
+    # A damaged pickle may raise anything, MemoryError too; whatever it was, the file is unreadable.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        print(f"damaged or not a PyTorch file ({type(error).__name__}: {reason})")
+        return EXIT_REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

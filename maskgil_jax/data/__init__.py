@@ -1,0 +1,12 @@
+"""Data room: from files to batches of records, the first stage of the training path.
+
+A *source* is a random-access object: `len(source)`, `source[i]` giving a dict of arrays, `.name`,
+and for labelled images `.num_classes`. Image records are `{"image": uint8 [H W 3], "label": int32
+[]}`, cached-token records `{"tokens": int32 [gh gw], "label": int32 []}`.
+
+- `digits`, `folder`, `tfds`, `arrays`: the sources.
+- `transforms`: record → record, with a generator where something is drawn.
+- `pipeline`: source → shuffled, sharded, batched iterator that resumes exactly.
+
+Nothing here imports another room, JAX or TensorFlow.
+"""

@@ -1,0 +1,168 @@
+"""Record → record, between a source and its batches: crop, flip, shake, scale.
+
+Each transform is called with a record and a `numpy.random.Generator` that belongs to that record
+alone, draws the same numbers from it whatever the image, and leaves the given record untouched.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+Record = dict[str, np.ndarray]
+Transform = Callable[[Record, np.random.Generator], Record]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Apply transforms one after the other."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Apply all of them."""
+        for transform in self.transforms:
+            record = transform(record, rng)
+        return record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CenterCrop:
+    """Resize the shorter side to `size` pixels and crop the central square.
+
+    Raises:
+      ValueError: `size` is not positive.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size = {self.size}; give at least 1 pixel")
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Crop the image."""
+        return record | {"image": center_crop(record["image"], self.size)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomFlip:
+    """Mirror the image left to right with the given probability.
+
+    Raises:
+      ValueError: `probability` is not in [0, 1].
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability = {self.probability}; allowed 0..1")
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw once, and flip or not."""
+        flip = rng.random() < self.probability
+        return record | {"image": record["image"][:, ::-1]} if flip else record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomAffine:
+    """Shift, turn and scale the image about its centre, all drawn uniformly; bicubic.
+
+    `max_shift_px` in pixels along each axis, `max_rotation_deg` in degrees to either side,
+    `scale_range` as factors; what comes into view from outside is `fill` (0..255).
+
+    Raises:
+      ValueError: a bound is negative, the scales are not positive and ascending, or `fill` is
+        outside 0..255.
+    """
+
+    max_shift_px: float = 0.0
+    max_rotation_deg: float = 0.0
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    fill: int = 0
+
+    def __post_init__(self):
+        for name in ("max_shift_px", "max_rotation_deg"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}; give 0 or more")
+        low, high = self.scale_range
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"scale_range = {self.scale_range}; expected 0 < low <= high")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"fill = {self.fill}; allowed 0..255")
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw shift, rotation and scale, and warp the image."""
+        down, right = rng.uniform(-self.max_shift_px, self.max_shift_px, size=2)
+        rotation = rng.uniform(-self.max_rotation_deg, self.max_rotation_deg)
+        scale = rng.uniform(*self.scale_range)
+        image = warp_affine(
+            record["image"],
+            shift_px=(float(down), float(right)),
+            rotation_deg=rotation,
+            scale=scale,
+            fill=self.fill,
+        )
+        return record | {"image": image}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToFloat:
+    """Turn uint8 pixels 0..255 into float32 in [-1, 1]."""
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Convert the image."""
+        return record | {"image": to_float(record["image"])}
+
+
+def center_crop(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """Return the central square, its side resized to `size` pixels.
+
+    Halved by 2×2 boxes while the shorter side is at least twice `size`, then bicubic: the crop of
+    the ImageNet reference statistics.
+
+    Reference: openai/guided-diffusion, guided_diffusion/image_datasets.py (center_crop_arr).
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        halved = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(halved, Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    scaled = (round(picture.width * scale), round(picture.height * scale))
+    pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def warp_affine(
+    image: UInt8[np.ndarray, "H W 3"],
+    *,
+    shift_px: tuple[float, float],
+    rotation_deg: float,
+    scale: float,
+    fill: int,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Scale and turn an image (counter-clockwise) about its centre, then shift it (down, right)."""
+    height, width, _ = image.shape
+    angle = math.radians(rotation_deg)
+    # Pillow wants the way back: for each pixel of the result, where it comes from.
+    a, b = math.cos(angle) / scale, -math.sin(angle) / scale
+    x, y = width / 2 + shift_px[1], height / 2 + shift_px[0]
+    matrix = (a, b, width / 2 - a * x - b * y, -b, a, height / 2 + b * x - a * y)
+    warped = Image.fromarray(image).transform(
+        (width, height),
+        Image.Transform.AFFINE,
+        matrix,
+        resample=Image.Resampling.BICUBIC,
+        fillcolor=(fill,) * 3,
+    )
+    return np.asarray(warped)
+
+
+def to_float(image: UInt8[np.ndarray, "*b H W c"]) -> Float32[np.ndarray, "*b H W c"]:
+    """Map pixels 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -1,0 +1,70 @@
+"""Classifier-free guidance, `uncond + s · (cond - uncond)`, with s a schedule over the steps.
+
+Reference: MaskGIL section 3.2; released code (linear ramp); Gao et al., 2023 (power-cosine).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from maskgil_jax.masking import check_choice
+
+GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
+LogitsFn = Callable[[Int[Array, "b l"], Any], Float[Array, "b l v"]]
+
+
+def guidance_scales(
+    schedule: str, scale: float, num_steps: int, power: float = 1.0
+) -> np.ndarray:
+    """Return the guidance scale of every step, float32 [num_steps].
+
+    constant: s. linear: 1 + (s - 1)·i/(T-1). power_cosine: 1 + (s - 1)·(1 - cos(pi·((i+1)/T)^p))/2.
+    The last step always has s, so a single step is fully guided.
+
+    Raises:
+        ValueError: if the schedule is unknown, or a number out of range.
+    """
+    check_choice("guidance schedule", schedule, GUIDANCE_SCHEDULES)
+    if not (np.isfinite(scale) and scale >= 0):
+        raise ValueError(f"guidance_scale {scale} is out of range; allowed: 0 or more, finite")
+    if not power > 0:
+        raise ValueError(f"guidance_power {power} is out of range; allowed: more than 0")
+    step = np.arange(num_steps)
+    ramp = {
+        "constant": np.ones(num_steps),
+        "linear": step / (num_steps - 1) if num_steps > 1 else np.ones(1),
+        "power_cosine": (1 - np.cos(np.pi * ((step + 1) / num_steps) ** power)) / 2,
+    }[schedule]
+    return (1 + (scale - 1) * ramp).astype(np.float32)
+
+
+def guide(
+    logits_fn: LogitsFn,
+    tokens: Int[Array, "b l"],
+    condition: Any,
+    null_condition: Any,
+    scale: Float[Array, ""],
+) -> Float[Array, "b l v"]:
+    """Return guided logits; where the scale is 1 the unconditional pass is not computed.
+
+    Args:
+        logits_fn: maps tokens and a condition to logits.
+        tokens: current tokens.
+        condition: pytree with a leading batch axis.
+        null_condition: the same pytree, meaning "no condition".
+        scale: guidance scale s of this step, may be traced.
+    """
+
+    def conditional():
+        return logits_fn(tokens, condition)
+
+    def doubled():
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, null_condition)
+        cond, uncond = jnp.split(logits_fn(jnp.concatenate([tokens, tokens]), both), 2)
+        return uncond + scale * (cond - uncond)
+
+    return jax.lax.cond(scale == 1, conditional, doubled)

@@ -1,0 +1,237 @@
+"""Trained things ready to use: load a tokenizer or a model, and generate.
+
+The end of the generation path: label → condition → decoding loop → tokens → tokenizer → uint8.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from maskgil_jax import checkpoints, config, sharding, workdir
+from maskgil_jax.build import models as build
+from maskgil_jax.decoding import masked
+from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.pictures import to_uint8
+from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A MaskGIL with its parameters.
+
+    Attributes:
+        config: architecture.
+        params: tree of float32 parameters.
+        run: the configuration of the run that trained it (defaults where it was imported).
+    """
+
+    config: MaskGILConfig
+    params: Any
+    run: ConfigDict
+
+    def logits(
+        self, tokens: Int[Array | np.ndarray, "b gh gw"], labels: Int[Array | np.ndarray, " b"]
+    ) -> Float[Array, "b l v"]:
+        """Return float32 logits [b, gh·gw, K+1] of every image token, in raster order.
+
+        Args:
+            tokens: codes 0…K-1, or K where masked.
+            labels: classes 0…C-1; C means "no condition".
+
+        Raises:
+            ValueError: if a token or label is out of range, or the shapes do not fit.
+        """
+        tokens, labels = np.asarray(tokens), np.asarray(labels)
+        if tokens.ndim != 3 or labels.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"tokens {tokens.shape} and labels {labels.shape} must be [b, gh, gw] and [b]"
+            )
+        check_range("token", tokens, self.config.codebook_size + 1)
+        check_range("label", labels, self.config.num_classes + 1)
+        return _apply(MaskGIL(self.config), self.params, jnp.asarray(tokens), jnp.asarray(labels))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module, params, tokens, labels):
+    return module.apply({"params": params}, tokens, labels)
+
+
+def check_range(name: str, ids: np.ndarray, count: int) -> None:
+    """Raise a `ValueError` that names the first id outside 0…count-1."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name}s have type {ids.dtype}; give integers 0 to {count - 1}")
+    wrong = ids[(ids < 0) | (ids >= count)]
+    if wrong.size:
+        raise ValueError(f"{name} {int(wrong.flat[0])} is out of range; allowed: 0 to {count - 1}")
+
+
+def load_tokenizer(path: os.PathLike | str) -> Tokenizer:
+    """Load a tokenizer from a model directory, a run directory, or `asset:NAME`.
+
+    Args:
+        path: what `tools/convert_checkpoint.py` or a training run of kind `tokenizer` wrote, or
+            the name of a tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the directory holds something else or is damaged.
+    """
+    directory = build.resolve_path(str(path))
+    if checkpoints.is_model_dir(directory):
+        stored = checkpoints.read_model_dir(directory)
+        _check_kind(directory, stored.kind, "tokenizer")
+        return build.create_tokenizer(stored.family, stored.config, stored.params)
+    run = workdir.read_run_config(directory)
+    _check_kind(directory, run.kind, "tokenizer")
+    vq = build.tokenizer_config(run)
+    images = jnp.zeros((1, vq.downsample_factor, vq.downsample_factor, vq.image_channels))
+    params = _restore_params(directory, lambda rng: LlamaGenVQ(vq).init(rng, images)["params"])
+    return build.create_tokenizer("llamagen-vq", vq.to_dict(), params)
+
+
+def load_model(path: os.PathLike | str) -> Model:
+    """Load a MaskGIL from a model directory or a training run's directory.
+
+    Of a run, the newest verified checkpoint is read: the average of the parameters where the run
+    keeps one, else the parameters.
+
+    Args:
+        path: what `tools/convert_checkpoint.py` or `python -m maskgil_jax.train` wrote.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the directory holds something else or is damaged.
+    """
+    directory = pathlib.Path(path)
+    if checkpoints.is_model_dir(directory):
+        stored = checkpoints.read_model_dir(directory)
+        _check_kind(directory, stored.kind, "model")
+        if stored.family != "maskgil":
+            raise ValueError(f"{directory} holds family {stored.family!r}; allowed: 'maskgil'")
+        model = MaskGILConfig.from_dict(stored.config)
+        run = config.preset("released" if model.cond_rope == "table" else "recommended")
+        run.model.update(model.to_dict() | {"grid_size": model.grid_size})
+        return Model(config=model, params=stored.params, run=run)
+    run = workdir.read_run_config(directory)
+    _check_kind(directory, run.kind, "maskgil")
+    model = build.model_config(run)
+    return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+
+
+def _check_kind(directory: pathlib.Path, kind: str, wanted: str) -> None:
+    if kind != wanted:
+        raise ValueError(f"{directory} holds a {kind}, but a {wanted} is needed")
+
+
+def _restore_params(directory: pathlib.Path, init: Any) -> Any:
+    store = checkpoints.Checkpoints(directory, read_only=True)
+    try:
+        step = store.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
+        name = "ema" if "ema" in store.item_names(step) else "params"
+        abstract = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+        )
+        return store.restore(step, {name: abstract})[name]
+    finally:
+        store.close()
+
+
+@functools.lru_cache(maxsize=16)
+def make_generate_fn(model: MaskGILConfig, sampler: masked.SamplerConfig, mesh: Mesh):
+    """Return the jitted `(params, labels [b], rngs [b]) → tokens [b, gh, gw]`.
+
+    The batch is split over the mesh's data axes; every process receives all tokens.
+    """
+    logits_fn = build.logits_fn(model)
+    rows = sharding.batch_sharding(mesh)
+
+    def run(params, labels, rngs):
+        labels = jax.lax.with_sharding_constraint(labels, rows)
+        start = jnp.full((labels.shape[0], model.seq_len), model.mask_token_id, jnp.int32)
+        tokens, _ = masked.decode(
+            functools.partial(logits_fn, params),
+            jax.lax.with_sharding_constraint(start, rows),
+            labels,
+            jnp.full_like(labels, model.null_label),
+            rngs,
+            sampler,
+            mask_token_id=model.mask_token_id,
+        )
+        return tokens.reshape(-1, *model.grid_size)
+
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def generate_tokens(
+    model: MaskGILConfig,
+    params: Any,
+    labels: Sequence[int] | np.ndarray,
+    sampler: masked.SamplerConfig,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Int[np.ndarray, "b gh gw"]:
+    """Generate one grid of codes per label.
+
+    Image i draws its randomness from `fold_in(seed, i)`, so in float32 the codes do not depend on
+    the batch size or the number of devices.
+
+    Args:
+        model: architecture.
+        params: its parameters.
+        labels: classes 0…C-1; C means "no condition".
+        sampler: settings of the decoder.
+        seed: seed of all images.
+        batch_size: images at a time; rounded up to a multiple of the mesh's data axes.
+        mesh: devices to use; all of them if `None`.
+
+    Raises:
+        ValueError: if a label is out of range.
+    """
+    labels = np.asarray(labels, np.int32).reshape(-1)
+    check_range("label", labels, model.num_classes + 1)
+    mesh = mesh or sharding.make_mesh({"data": -1})
+    parts = sharding.batch_shards(mesh)
+    size = -(-min(batch_size, max(len(labels), 1)) // parts) * parts
+    function = make_generate_fn(model, sampler, mesh)
+    params = jax.device_put(params, jax.tree.map(lambda x: _on_mesh(x, mesh), params))
+    outputs = []
+    for start in range(0, len(labels), size):
+        chunk = labels[start : start + size]
+        padded = np.pad(chunk, (0, size - len(chunk)), mode="edge")
+        rngs = masked.image_keys(seed, np.arange(start, start + size))
+        with mesh:
+            tokens = function(params, padded, rngs)
+        outputs.append(np.asarray(tokens)[: len(chunk)])
+    return np.concatenate(outputs) if outputs else np.zeros((0, *model.grid_size), np.int32)
+
+
+def _on_mesh(x: Any, mesh: Mesh) -> Any:
+    current = getattr(x, "sharding", None)
+    if isinstance(current, jax.sharding.NamedSharding) and current.mesh == mesh:
+        return current
+    return sharding.replicated(mesh)
+
+
+def decode_images(
+    tokenizer: Tokenizer, tokens: Int[np.ndarray, "b gh gw"], *, batch_size: int = 64
+) -> UInt8[np.ndarray, "b H W c"]:
+    """Turn codes into uint8 images, clipped, never rescaled."""
+    return to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=min(batch_size, len(tokens)))))

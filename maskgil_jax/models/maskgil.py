@@ -1,0 +1,204 @@
+"""MaskGIL: the Bidirectional LLaMA over masked image tokens.
+
+On the generation path this is the `logits_fn` of the decoder; on the training path it predicts the
+masked tokens. The condition is a prefilling token in front of the image tokens (or, for weights of
+the released code, behind them); logits are returned for the image tokens only.
+
+Reference: MaskGIL section 3.1 and Table 2; the options that reproduce the released code are listed
+in `maskgil_jax.config.preset`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from maskgil_jax.models import rope as rope_lib
+from maskgil_jax.models.conditioning import Embedding
+from maskgil_jax.models.transformer import Transformer, TransformerConfig, weight_init
+
+_CHOICES = {
+    "condition": ("first", "last"),
+    "rope": ("2d", "1d"),
+    "cond_rope": ("identity", "zero", "table"),
+    "embeddings": ("separate", "shared"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskGILConfig(TransformerConfig):
+    """Shape and options of a class-conditional MaskGIL.
+
+    Attributes:
+        codebook_size: number of image codes K; K itself is the mask token.
+        num_classes: number of classes C; label C means "no condition".
+        grid_size: (gh, gw), tokens per column and per row.
+        condition: whether the condition token stands `first` or `last`.
+        rope: rotary table over the grid (`2d`) or over raster positions (`1d`).
+        cond_rope: row of the condition token: `identity` (cos 1, sin 0), `zero` (cos = sin = 0), or
+            `table`: the sequence as it stands takes the rows of a 1D table with one zero row in
+            front, as the released code does.
+        rope_base: base of the rotary frequencies.
+        embeddings: `separate` tables for tokens and labels, or one `shared` table in the order
+            codes, mask, classes, null class.
+        embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
+        head_alignment: the head is computed on its rows padded to a multiple of this number (the
+            padding is neither stored nor returned); 1 switches it off.
+    """
+
+    codebook_size: int
+    num_classes: int
+    grid_size: tuple[int, int]
+    condition: str = "first"
+    rope: str = "2d"
+    cond_rope: str = "identity"
+    rope_base: float = 10000.0
+    embeddings: str = "separate"
+    embedding_dropout: float = 0.0
+    head_alignment: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "grid_size", tuple(self.grid_size))
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
+                )
+        for name in ("codebook_size", "num_classes", "head_alignment"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
+            raise ValueError(f"grid_size {self.grid_size} must be two numbers of at least 1")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(
+                f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"
+            )
+        if self.cond_rope == "table" and self.rope != "1d":
+            raise ValueError("cond_rope 'table' needs rope '1d'; use 'identity' or 'zero' with '2d'")
+        if self.rope == "2d" and self.head_dim % 4:
+            raise ValueError(
+                f"rope '2d' needs a head dimension divisible by 4, not {self.head_dim}"
+            )
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token."""
+        return self.codebook_size
+
+    @property
+    def null_label(self) -> int:
+        """Label that means "no condition"."""
+        return self.num_classes
+
+    @property
+    def seq_len(self) -> int:
+        """Number of image tokens."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields in JSON-friendly types."""
+        return dataclasses.asdict(self) | {"grid_size": list(self.grid_size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "MaskGILConfig":
+        """Build from `to_dict`'s result.
+
+        Raises:
+            ValueError: if a field is unknown or missing.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if set(fields) - known or required - set(fields):
+            raise ValueError(
+                f"MaskGILConfig: unknown fields {sorted(set(fields) - known)}, missing fields "
+                f"{sorted(required - set(fields))}; allowed: {', '.join(sorted(known))}"
+            )
+        return cls(**fields)
+
+    def rope_table(self, grid_size: tuple[int, int] | None = None) -> np.ndarray:
+        """Return the rotary table of the whole sequence, condition token included.
+
+        Args:
+            grid_size: grid to make the table for; the configured one if `None`.
+
+        Returns:
+            float32 [gh·gw + 1, head_dim/2, 2].
+        """
+        gh, gw = grid_size or self.grid_size
+        if self.cond_rope == "table":
+            zero = rope_lib.condition_rows(1, self.head_dim, "zero")
+            return np.concatenate([zero, rope_lib.rope_1d(gh * gw, self.head_dim, self.rope_base)])
+        condition = rope_lib.condition_rows(1, self.head_dim, self.cond_rope)
+        if self.rope == "2d":
+            image = rope_lib.rope_2d((gh, gw), self.head_dim, self.rope_base)
+        else:
+            image = rope_lib.rope_1d(gh * gw, self.head_dim, self.rope_base)
+        return np.concatenate([condition, image] if self.condition == "first" else [image, condition])
+
+
+class Head(nn.Module):
+    """The output layer, `features → logits` in float32; zero at initialisation."""
+
+    config: MaskGILConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l e"]) -> Float[Array, "b l v"]:
+        """Return logits over the codes and the mask token (v = K + 1)."""
+        cfg = self.config
+        rows = cfg.codebook_size + 1
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "vocab"))
+        kernel = self.param("kernel", init, (cfg.width, rows)).astype(x.dtype)
+        padding = -rows % cfg.head_alignment
+        if padding:
+            kernel = jnp.pad(kernel, ((0, 0), (0, padding)))
+        logits = jnp.einsum("ble,ev->blv", x, kernel, preferred_element_type=jnp.float32)
+        return logits[..., :rows]
+
+
+class MaskGIL(nn.Module):
+    """Bidirectional LLaMA with a class token as its condition."""
+
+    config: MaskGILConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "b gh gw"],
+        labels: Int[Array, " b"],
+        train: bool = False,
+    ) -> Float[Array, "b l v"]:
+        """Return float32 logits [b, gh·gw, K+1] for every image token.
+
+        Args:
+            tokens: codes 0…K-1, or K where masked; the grid may differ from the configured one.
+            labels: classes 0…C-1, or C for "no condition".
+            train: whether dropout is on (needs an rng named `dropout`).
+        """
+        cfg = self.config
+        b, gh, gw = tokens.shape
+        flat = tokens.reshape(b, gh * gw)
+        if cfg.embeddings == "shared":
+            count = cfg.codebook_size + 1 + cfg.num_classes + 1
+            embed = Embedding(count, cfg.width, name="token_embed")
+            image, condition = embed(flat), embed(cfg.codebook_size + 1 + labels[:, None])
+        else:
+            image = Embedding(cfg.codebook_size + 1, cfg.width, name="token_embed")(flat)
+            table = Embedding(cfg.num_classes + 1, cfg.width, name="label_embed")
+            condition = table(labels[:, None])
+        first = cfg.condition == "first"
+        x = jnp.concatenate([condition, image] if first else [image, condition], axis=1)
+        x = nn.Dropout(cfg.embedding_dropout, deterministic=not train)(x)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = Transformer(_stack_config(cfg), name="transformer")(
+            x, cfg.rope_table((gh, gw)), None, train
+        )
+        return Head(cfg, name="head")(x[:, 1:] if first else x[:, :-1])
+
+
+def _stack_config(config: MaskGILConfig) -> TransformerConfig:
+    names = [f.name for f in dataclasses.fields(TransformerConfig)]
+    return TransformerConfig(**{name: getattr(config, name) for name in names})

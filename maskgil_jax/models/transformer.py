@@ -1,0 +1,249 @@
+"""The one transformer: LLaMA blocks that are causal or bidirectional by the mask they are given.
+
+RMSNorm, rotary embedding, SwiGLU, no biases; optionally QK-Norm and Post-Norm. The layers are
+scanned, so every parameter under `layers` carries a leading layer axis and the compile time does
+not grow with depth.
+
+Reference: LLaMA (Touvron et al., 2023); MaskGIL section 3.1 and Figure 4; Lumina-Next (Post-Norm).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from maskgil_jax.models.rope import apply_rope
+
+NORMS = ("none", "layer", "rms")
+REMATS = ("none", "full", "dots")
+ATTENTIONS = ("xla", "cudnn")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape and options of the block stack.
+
+    Attributes:
+        num_layers: number of blocks.
+        width: channels e of the residual stream.
+        num_heads: attention heads; width / num_heads is the (even) head dimension.
+        mlp_width: hidden channels f of the SwiGLU MLP.
+        qk_norm: normalisation of queries and keys over the head dimension, before RoPE.
+        post_norm: normalisation of the outputs of attention and MLP before the residual addition.
+        norm_eps: epsilon of every norm.
+        dropout: rate on the outputs of attention and MLP, in [0, 1).
+        dtype: type of the computation; parameters stay float32.
+        remat: what the backward pass recomputes: nothing, everything, or all but matmul outputs.
+        scan_unroll: layers per iteration of the scan.
+        attention: `xla`, or `cudnn` (GPU, bfloat16).
+    """
+
+    num_layers: int
+    width: int
+    num_heads: int
+    mlp_width: int
+    qk_norm: str = "none"
+    post_norm: str = "none"
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+    attention: str = "xla"
+
+    def __post_init__(self):
+        for name in ("num_layers", "width", "num_heads", "mlp_width", "scan_unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"width {self.width} / num_heads {self.num_heads} must be a whole, even number"
+            )
+        choices = dict(
+            qk_norm=NORMS, post_norm=NORMS, dtype=DTYPES, remat=REMATS, attention=ATTENTIONS
+        )
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is out of range; allowed: [0, 1)")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError("attention 'cudnn' needs dtype 'bfloat16'; use 'xla' for float32")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.width // self.num_heads
+
+
+def weight_init(*axes: str | None, stddev: float = 0.02):
+    """Return a normal initialiser whose result carries logical axis names."""
+    return nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
+
+
+def make_norm(kind: str, config: TransformerConfig, name: str, axis: str | None = None) -> nn.Module:
+    """Return a norm with a scale and no bias, computed in float32."""
+    cls = nn.RMSNorm if kind == "rms" else nn.LayerNorm
+    options: dict[str, Any] = {} if kind == "rms" else {"use_bias": False}
+    scale = nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,))
+    return cls(
+        epsilon=config.norm_eps,
+        dtype=jnp.float32,
+        scale_init=scale,
+        # The one-pass variance loses digits where the mean is far from zero.
+        use_fast_variance=kind == "rms",
+        name=name,
+        **options,
+    )
+
+
+class Projection(nn.Module):
+    """A bias-free linear map over trailing axes, `x[…, *inputs] → y[…, *outputs]`."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """Contract the last `len(inputs)` axes of `x` with the kernel."""
+        kernel = self.param("kernel", weight_init(*self.axes), self.inputs + self.outputs)
+        n = len(self.inputs)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        return jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary embedding."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l e"],
+        rope: Float[Array | np.ndarray, "l d2 2"],
+        mask: Bool[Array, "#b l l"] | None,
+    ) -> Float[Array, "b l e"]:
+        """Attend; `mask` is true where a query may look at a key, `None` where it always may."""
+        cfg = self.config
+        e, h, d, dtype = cfg.width, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
+        axes = ("embed", None, "heads", "head_dim")
+        qkv = Projection((e,), (3, h, d), axes, dtype, name="qkv")(x)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if cfg.qk_norm != "none":
+            q = make_norm(cfg.qk_norm, cfg, "q_norm")(q).astype(dtype)
+            k = make_norm(cfg.qk_norm, cfg, "k_norm")(k).astype(dtype)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        y = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=None if mask is None else mask[:, None],
+            implementation=cfg.attention,
+        )
+        return Projection((h, d), (e,), ("heads", "head_dim", "embed"), dtype, name="out")(y)
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP `down(silu(gate(x)) · up(x))`."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l e"]) -> Float[Array, "b l e"]:
+        """Apply the MLP at every position."""
+        e, f, dtype = self.config.width, self.config.mlp_width, jnp.dtype(self.config.dtype)
+        y = Projection((e,), (2, f), ("embed", None, "mlp"), dtype, name="gate_up")(x)
+        y = nn.silu(y[..., 0, :]) * y[..., 1, :]
+        return Projection((f,), (e,), ("mlp", "embed"), dtype, name="down")(y)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each pre-normalised, optionally post-normalised."""
+
+    config: TransformerConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x, rope, mask):
+        """Return `(x, None)`, the carry and the empty output of a scan step."""
+        cfg, dtype = self.config, jnp.dtype(self.config.dtype)
+        drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
+
+        def branch(x, norm_name, post_name, apply):
+            y = apply(make_norm("rms", cfg, norm_name)(x).astype(dtype))
+            if cfg.post_norm != "none":
+                y = make_norm(cfg.post_norm, cfg, post_name)(y).astype(dtype)
+            y = nn.with_logical_constraint(y, ("batch", "length", "act_embed"))
+            return x + drop(y)
+
+        attention = Attention(cfg, name="attention")
+        x = branch(x, "attention_norm", "attention_post_norm", lambda y: attention(y, rope, mask))
+        x = branch(x, "mlp_norm", "mlp_post_norm", SwiGLU(cfg, name="mlp"))
+        return x, None
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final norm."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l e"],
+        rope: Float[Array | np.ndarray, "l d2 2"],
+        mask: Bool[Array, "#b l l"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l e"]:
+        """Return the normalised output of the last layer.
+
+        The root mean square of the last layer's output before the final norm is sown as
+        `output_norm` in the collection `intermediates`: growth without bound announces the
+        divergence that QK-Norm and Post-Norm prevent.
+
+        Args:
+            x: embedded sequence.
+            rope: rotary table, cos and sin, one row a position.
+            mask: true where query l may look at key s; `None` lets every position see all.
+            train: whether dropout is on (needs an rng named `dropout`).
+
+        Reference: MaskGIL Figure 4.
+        """
+        cfg = self.config
+        block: Any = Block
+        if cfg.remat != "none":
+            policy = {
+                "full": None,
+                "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+            }[cfg.remat]
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers,
+            unroll=cfg.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x = x.astype(jnp.dtype(cfg.dtype))
+        x, _ = layers(cfg, train, name="layers")(x, rope, mask)
+        self.sow("intermediates", "output_norm", jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))
+        return make_norm("rms", cfg, "final_norm")(x).astype(x.dtype)
+
+
+def causal_mask(length: int) -> Bool[Array, "1 l l"]:
+    """Return the mask that lets every position see itself and those before it."""
+    return jnp.tril(jnp.ones((1, length, length), bool))

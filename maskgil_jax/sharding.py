@@ -1,0 +1,118 @@
+"""Meshes and shardings: which array axis lies on which devices.
+
+A mesh has the axes `data` (batch), `fsdp` (batch, and parameters split along their widest axis) and
+`tensor` (heads, MLP and vocabulary). Modules name the axes of their parameters logically; the one
+rule table here maps those names to mesh axes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis → mesh axes. A name that is absent here is an error, not "replicated".
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("act_embed", None),
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("head_dim", None),
+    ("vocab", "tensor"),
+)
+
+
+def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
+    """Return a mesh with the axes data, fsdp and tensor.
+
+    Args:
+        shape: size of each axis; one of them may be -1 and takes the devices that are left.
+        devices: devices to use; all of `jax.devices()` if `None`.
+
+    Raises:
+        ValueError: if an axis is unknown or the sizes do not make up the number of devices.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    if unknown := set(shape) - set(AXES):
+        raise ValueError(f"mesh axes {sorted(unknown)} are unknown; allowed: {', '.join(AXES)}")
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    rest = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {dict(shape)}: sizes must be at least 1, and at most one may be -1")
+    sizes = [devices.size // rest if size == -1 else size for size in sizes]
+    if math.prod(sizes) != devices.size:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes) or rest} devices "
+            f"or a multiple, but there are {devices.size}"
+        )
+    return Mesh(devices.reshape(sizes), AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose leading axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Return into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
+    """Raise a `ValueError` unless a batch splits evenly over the devices."""
+    parts = batch_shards(mesh)
+    if size < 1 or size % parts:
+        raise ValueError(
+            f"{name} {size} is not divisible by {parts} (mesh data × fsdp of {dict(mesh.shape)}); "
+            f"use a multiple of {parts}, for example {max(1, round(size / parts)) * parts}"
+        )
+
+
+def state_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """Return a `NamedSharding` for every leaf of a tree that may hold logically partitioned boxes.
+
+    A leaf without axis names is replicated. An axis whose length the mesh axis does not divide is
+    replicated too (a vocabulary of 16,385 rows, say), so that any size trains on any mesh.
+
+    Args:
+        abstract: tree of `ShapeDtypeStruct`s, possibly in flax's partitioning boxes.
+        mesh: the mesh.
+
+    Returns:
+        the unboxed tree with shardings for leaves.
+    """
+
+    def sharding(leaf):
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return replicated(mesh)
+        names = leaf.names
+        axes = nn.logical_to_mesh_axes(names, RULES)
+        shape = leaf.value.shape
+        return NamedSharding(mesh, PartitionSpec(*_divisible(axes, shape, mesh)))
+
+    return jax.tree.map(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def _divisible(axes, shape, mesh):
+    for axis, length in zip(axes, shape, strict=True):
+        group = (axis,) if isinstance(axis, str) else tuple(axis or ())
+        yield axis if length % math.prod(mesh.shape[a] for a in group) == 0 else None
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Assemble each process's rows of a batch into global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

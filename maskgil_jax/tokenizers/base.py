@@ -1,0 +1,177 @@
+"""The tokenizer contract: what every image tokenizer offers, and the checks at its door.
+
+`Tokenizer` binds the parameters of a module to two functions, `encode` (images to tokens, the
+start of the training path) and `decode` (tokens to images, the end of the generation path).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# Room for rounding in data scaled to [-1, 1]; anything further out is scaled differently.
+_RANGE_SLACK = 1e-3
+_SCALING = "scale uint8 images with images.astype('float32') / 127.5 - 1"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerSpec:
+    """What a model or a dataset must know of a tokenizer.
+
+    family: name of the tokenizer's kind.
+    codebook_size: number of codes; tokens are in [0, codebook_size).
+    downsample_factor: image pixels per token, along each side.
+    embed_dim: width of a code.
+    image_channels: channels of the images.
+    """
+
+    family: str
+    codebook_size: int
+    downsample_factor: int
+    embed_dim: int
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.family:
+            raise ValueError("family is empty; give the name of the tokenizer's kind")
+        for name in ("codebook_size", "downsample_factor", "embed_dim", "image_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the token grid (rows, columns) of an image of height x width pixels.
+
+        Raises:
+            ValueError: a side is not a positive multiple of `downsample_factor`.
+        """
+        factor = self.downsample_factor
+        for name, side in (("height", height), ("width", width)):
+            if side < factor or side % factor:
+                near = max(factor, round(side / factor) * factor)
+                raise ValueError(
+                    f"image {name} {side} is not a multiple of the tokenizer's downsample factor "
+                    f"{factor}; resize or crop it, for example to {near}"
+                )
+        return height // factor, width // factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A tokenizer ready to use: a module with methods `encode` and `decode`, and its parameters.
+
+    Both functions also run inside `jax.jit`, where values cannot be read: there the range checks
+    are left to the caller.
+    """
+
+    spec: TokenizerSpec
+    module: nn.Module
+    params: Mapping[str, Any]
+
+    def encode(
+        self, images: Float[Array | np.ndarray, "b H W c"], *, batch_size: int | None = None
+    ) -> Int[Array, "b gh gw"]:
+        """Turn images in [-1, 1] into int32 tokens, one per `downsample_factor` square of pixels.
+
+        `batch_size` bounds the memory: that many images are encoded at a time.
+
+        Raises:
+            ValueError: shape, dtype or range of the images does not fit the tokenizer.
+        """
+        check_images(images, self.spec)
+        function = functools.partial(_encode, self.module, self.params)
+        return _in_batches(function, images, batch_size)
+
+    def decode(
+        self, tokens: Int[Array | np.ndarray, "b gh gw"], *, batch_size: int | None = None
+    ) -> Float[Array, "b H W c"]:
+        """Turn tokens into float32 images, nominally in [-1, 1] but not clipped.
+
+        `batch_size` bounds the memory: that many images are decoded at a time.
+
+        Raises:
+            ValueError: shape, dtype or range of the tokens does not fit the tokenizer.
+        """
+        check_tokens(tokens, self.spec)
+        function = functools.partial(_decode, self.module, self.params)
+        return _in_batches(function, tokens, batch_size)
+
+
+def check_images(images: Array | np.ndarray, spec: TokenizerSpec) -> None:
+    """Refuse images that the tokenizer cannot encode.
+
+    Raises:
+        ValueError: not [b H W c] with the spec's channels, not a floating dtype, a side that is
+            not a multiple of the downsample factor, or values that are not in [-1, 1].
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {images.shape}; give a batch [b, height, width, channels]")
+    if images.shape[-1] != spec.image_channels:
+        raise ValueError(
+            f"images have {images.shape[-1]} channels (shape {images.shape}); this tokenizer takes "
+            f"{spec.image_channels}, on the last axis"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images have dtype {images.dtype}; give floats in [-1, 1]: {_SCALING}")
+    spec.grid_size(*images.shape[1:3])
+    if isinstance(images, jax.core.Tracer) or images.size == 0:
+        return
+    low, high = float(images.min()), float(images.max())
+    # Written so that NaN, which compares false, is refused too.
+    if not (low >= -1 - _RANGE_SLACK and high <= 1 + _RANGE_SLACK):
+        raise ValueError(
+            f"images range from {low:g} to {high:g}; give finite values in [-1, 1]: {_SCALING}, "
+            "and clip what resizing overshot"
+        )
+
+
+def check_tokens(tokens: Array | np.ndarray, spec: TokenizerSpec) -> None:
+    """Refuse tokens that the tokenizer cannot decode.
+
+    Raises:
+        ValueError: not [b gh gw], not an integer dtype, an empty grid, or a code that is not in
+            [0, codebook_size).
+    """
+    if tokens.ndim != 3 or 0 in tokens.shape[1:]:
+        raise ValueError(f"tokens have shape {tokens.shape}; give a batch of grids [b, rows, columns]")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens have dtype {tokens.dtype}; give integers, such as int32")
+    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= spec.codebook_size:
+        raise ValueError(
+            f"tokens hold the code {low if low < 0 else high}; codes of this tokenizer are in "
+            f"[0, {spec.codebook_size}). A mask token must be replaced before decoding"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(module: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
+    return module.apply({"params": params}, images.astype(jnp.float32), method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(module: nn.Module, params: Mapping[str, Any], tokens: Array) -> Array:
+    return module.apply({"params": params}, tokens.astype(jnp.int32), method="decode")
+
+
+def _in_batches(
+    function: Callable[[Array], Array], inputs: Array | np.ndarray, batch_size: int | None
+) -> Array:
+    """Apply a function to slices of the leading axis, all of one shape so that it compiles once."""
+    if batch_size is None:
+        return function(jnp.asarray(inputs))
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None for one batch")
+    outputs = []
+    for start in range(0, max(len(inputs), 1), batch_size):
+        batch = jnp.asarray(inputs[start : start + batch_size])
+        padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
+        outputs.append(function(jnp.pad(batch, padding))[: len(batch)])
+    return jnp.concatenate(outputs)

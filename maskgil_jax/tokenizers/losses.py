@@ -1,0 +1,156 @@
+"""Losses that train a vector-quantised tokenizer, and the health of its codebook.
+
+Pure functions of a forward pass (`maskgil_jax.tokenizers.llamagen_vq.VQOutputs`) and the images.
+Reconstruction alone is l2 or l1; perceptual and adversarial terms are not part of this file.
+
+Reference: van den Oord et al. 2017, equation 3 (codebook and commitment terms); Chang et al. 2022
+and Yu et al. 2023 for the entropy term; `tokenizer/tokenizer_image/vq_model.py` of
+FoundationVision/LlamaGen for how they are averaged.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from maskgil_jax.tokenizers.llamagen_vq import VQOutputs
+from maskgil_jax.tokenizers.quantizers import squared_distances
+
+RECONSTRUCTIONS = ("l2", "l1")
+# Keeps the logarithm of a code that is never used finite.
+_TINY_PROBABILITY = 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerLossWeights:
+    """Weights of the terms; the defaults are those that LlamaGen-VQ was trained with.
+
+    reconstruction_kind: "l2" (squared error) or "l1" (absolute error), per pixel and channel.
+    reconstruction, codebook, commitment: weights, at least 0.
+    entropy: weight, at least 0; at 0 the term costs nothing.
+    entropy_temperature: of the soft assignment of latents to codes, above 0.
+    """
+
+    reconstruction_kind: str = "l2"
+    reconstruction: float = 1.0
+    codebook: float = 1.0
+    commitment: float = 0.25
+    entropy: float = 0.0
+    entropy_temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.reconstruction_kind not in RECONSTRUCTIONS:
+            raise ValueError(
+                f"reconstruction_kind is {self.reconstruction_kind!r}; it must be one of "
+                f"{', '.join(RECONSTRUCTIONS)}"
+            )
+        for name in ("reconstruction", "codebook", "commitment", "entropy"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"weight {name} is {getattr(self, name)}; it must be at least 0")
+        if self.entropy_temperature <= 0:
+            raise ValueError(
+                f"entropy_temperature is {self.entropy_temperature}; it must be above 0"
+            )
+
+
+def tokenizer_loss(
+    outputs: VQOutputs, images: Float[Array, "b H W c"], weights: TokenizerLossWeights
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Compute the training loss of a tokenizer and its unweighted terms.
+
+    The metrics are `loss`, `reconstruction`, `codebook`, `commitment`, `perplexity` and `usage`
+    (both over the codes of this batch), and `entropy` when it has a weight.
+    """
+    terms = {
+        "reconstruction": reconstruction_loss(
+            outputs.reconstruction, images, weights.reconstruction_kind
+        ),
+        "codebook": codebook_loss(outputs.latents, outputs.quantized),
+        "commitment": commitment_loss(outputs.latents, outputs.quantized),
+    }
+    if weights.entropy:
+        terms["entropy"] = entropy_loss(
+            outputs.latents, outputs.codebook, weights.entropy_temperature
+        )
+    loss = sum(getattr(weights, name) * term for name, term in terms.items())
+    counts = count_codes(outputs.tokens, outputs.codebook.shape[0])
+    health = {"perplexity": perplexity(counts), "usage": usage_of_counts(counts)}
+    return loss, {"loss": loss, **terms, **health}
+
+
+def reconstruction_loss(
+    reconstruction: Float[Array, "b H W c"], images: Float[Array, "b H W c"], kind: str = "l2"
+) -> Float[Array, ""]:
+    """Average the squared ("l2") or absolute ("l1") error over all pixels and channels.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    difference = reconstruction - images
+    if kind == "l2":
+        return jnp.mean(jnp.square(difference))
+    if kind == "l1":
+        return jnp.mean(jnp.abs(difference))
+    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(RECONSTRUCTIONS)}")
+
+
+def codebook_loss(
+    latents: Float[Array, "b gh gw z"], quantized: Float[Array, "b gh gw z"]
+) -> Float[Array, ""]:
+    """Pull the chosen codes to their latents; no gradient reaches the encoder.
+
+    Reference: van den Oord et al. 2017, equation 3, second term.
+    """
+    return jnp.mean(jnp.square(quantized - jax.lax.stop_gradient(latents)))
+
+
+def commitment_loss(
+    latents: Float[Array, "b gh gw z"], quantized: Float[Array, "b gh gw z"]
+) -> Float[Array, ""]:
+    """Pull the latents to their chosen codes; no gradient reaches the codebook.
+
+    Reference: van den Oord et al. 2017, equation 3, third term.
+    """
+    return jnp.mean(jnp.square(jax.lax.stop_gradient(quantized) - latents))
+
+
+def entropy_loss(
+    latents: Float[Array, "b gh gw z"], codebook: Float[Array, "k z"], temperature: float = 0.01
+) -> Float[Array, ""]:
+    """Reward sure assignments of each latent and an even use of the codes over the batch.
+
+    Mean entropy of softmax(-squared distance / temperature), minus the entropy of its mean over all
+    positions. Memory grows with positions x codebook size.
+
+    Reference: `compute_entropy_loss` of LlamaGen's `vq_model.py`; natural logarithms.
+    """
+    logits = -squared_distances(latents, codebook).reshape(-1, codebook.shape[0]) / temperature
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    probabilities = jnp.exp(log_probabilities)
+    per_position = -jnp.mean(jnp.sum(probabilities * log_probabilities, axis=-1))
+    average = jnp.mean(probabilities, axis=0)
+    of_average = -jnp.sum(average * jnp.log(average + _TINY_PROBABILITY))
+    return per_position - of_average
+
+
+def count_codes(tokens: Int[Array, "..."], codebook_size: int) -> Int[Array, "k"]:
+    """Count how often each code occurs; counts of several batches may be added."""
+    return jnp.zeros(codebook_size, jnp.int32).at[tokens.reshape(-1)].add(1)
+
+
+def perplexity(counts: Int[Array, "k"]) -> Float[Array, ""]:
+    """Return the exponential of the entropy of code frequencies: the effective number of codes."""
+    frequencies = counts / jnp.maximum(jnp.sum(counts), 1)
+    logarithms = jnp.log(jnp.where(counts > 0, frequencies, 1.0))
+    return jnp.exp(-jnp.sum(frequencies * logarithms))
+
+
+def usage_of_counts(counts: Int[Array, "k"]) -> Float[Array, ""]:
+    """Return the share of codes that occur at least once, in [0, 1]."""
+    return jnp.mean((counts > 0).astype(jnp.float32))
+
+
+def codebook_usage(tokens: Int[Array, "..."], codebook_size: int) -> Float[Array, ""]:
+    """Return the share of the codebook that occurs among the tokens, in [0, 1]."""
+    return usage_of_counts(count_codes(tokens, codebook_size))

@@ -1,0 +1,303 @@
+"""Train a MaskGIL or a tokenizer: `python -m maskgil_jax.train --config FILE --workdir DIR`.
+
+Started again with the same command, a run resumes from its newest verified checkpoint. Any field
+can be changed on the command line, e.g. `--config.training.num_steps=500`; a preset is chosen by
+`--config configs/l.py:paper`.
+
+Several processes: give each `--coordinator HOST:PORT --num_processes N --process_id I`; on Cloud
+TPU pods and SLURM `--distributed` alone finds them.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from absl import app, flags, logging
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from maskgil_jax import checkpoints, generator, pictures, sharding
+from maskgil_jax.build import models as build_models
+from maskgil_jax.build import training as build
+from maskgil_jax.data.digits import digits_arrays
+from maskgil_jax.data.transforms import to_float
+from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.tokenizers.llamagen_vq import create_tokenizer
+from maskgil_jax.tokenizers.losses import codebook_usage
+from maskgil_jax.training import loop
+from maskgil_jax.workdir import claim_workdir
+
+GRID_ROWS = 8
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, loop.NonFiniteError)
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes the cluster started.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
+
+
+def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
+    """Train, sample and report; return the report that the run's last line prints.
+
+    Args:
+        config: from a config file, or `maskgil_jax.config.preset()`.
+        workdir: directory of the run; a run of the same configuration in it is resumed.
+
+    Raises:
+        ValueError: if the configuration, the data, the devices or the directory do not fit; before
+            anything is compiled or written.
+        NonFiniteError: if the loss stops being finite.
+    """
+    started = time.monotonic()
+    build.validate(config)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    build.check_batch(config, mesh)
+    source = build.make_source(config)
+    tokenizer = _open_tokenizer(config, source)
+    claim = claim_workdir if jax.process_index() == 0 else _claim_nothing
+    with claim(workdir, config), mesh:
+        task = (
+            build.make_maskgil_task(config, mesh)
+            if config.kind == "maskgil"
+            else build.make_tokenizer_task(config, mesh)
+        )
+        batches = _open_batches(config, source, tokenizer, mesh)
+        state = _run(config, workdir, mesh, task, batches, tokenizer)
+        report = _report(config, mesh, tokenizer, state)
+    report["seconds"] = round(time.monotonic() - started, 1)
+    say(json.dumps(report))
+    return report
+
+
+def _run(
+    config: ConfigDict,
+    workdir: os.PathLike | str,
+    mesh: Mesh,
+    task: build.Task,
+    batches: loop.DeviceBatches,
+    tokenizer: Tokenizer | None,
+) -> Any:
+    """Restore or initialise the state, update it to the end, and draw the last samples."""
+    store = checkpoints.Checkpoints(workdir, keep=config.logging.keep_checkpoints)
+    with contextlib.closing(store), _open_writer(workdir) as writer:
+        state, first_step = _restore(store, task, batches)
+        if first_step == 0:
+            say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+        rate = build.rate_schedule(config)
+
+        def log(step: int, scalars: Mapping[str, float]) -> None:
+            scalars = {**scalars, "learning_rate": float(rate(step - 1))}
+            say(loop.format_progress(step, config.training.num_steps, scalars))
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+
+        def sample(step: int, state: Any) -> None:
+            grid = _draw_grid(config, mesh, tokenizer, state)
+            if jax.process_index() == 0:
+                path = os.path.join(workdir, "samples", f"{step:07}.png")
+                pictures.save_png(path, grid)
+                writer.add_image("samples", grid, step, dataformats="HWC")
+                say(f"step {step}: samples in {path}")
+
+        def save(step: int, state: Any) -> None:
+            store.save(step, _as_trees(state), batches)
+
+        hooks = loop.Hooks(log=log, save=save, sample=sample)
+        state = loop.run_loop(
+            task.step,
+            state,
+            task.empty_metrics,
+            batches,
+            build.loop_config(config),
+            hooks,
+            first_step,
+        )
+        sample(config.training.num_steps, state)
+    return state
+
+
+def _restore(
+    store: checkpoints.Checkpoints, task: build.Task, batches: loop.DeviceBatches
+) -> tuple[Any, int]:
+    """Return the newest verified state and its step, or a fresh state and 0."""
+    step = store.latest_step()
+    if step is None:
+        return task.init(), 0
+    trees = store.restore(step, _as_trees(task.abstract), batches)
+    say(f"resumed from step {step}")
+    progress = trees["progress"]
+    state = task.abstract.replace(
+        step=progress["step"],
+        params=trees["params"],
+        opt_state=progress["opt_state"],
+        ema=trees.get("ema"),
+    )
+    return state, step
+
+
+def _as_trees(state: Any) -> dict[str, Any]:
+    """Return the state as the named trees of a checkpoint."""
+    trees = {
+        "params": state.params,
+        "progress": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return trees if state.ema is None else trees | {"ema": state.ema}
+
+
+def _open_tokenizer(config: ConfigDict, source: Any) -> Tokenizer | None:
+    """Return the tokenizer of a model run, checked against model and data."""
+    if config.kind == "tokenizer":
+        return None
+    tokenizer = generator.load_tokenizer(config.tokenizer.path)
+    build_models.check_fit(config, tokenizer.spec, source.num_classes)
+    return tokenizer
+
+
+def _open_batches(
+    config: ConfigDict, source: Any, tokenizer: Tokenizer | None, mesh: Mesh
+) -> loop.DeviceBatches:
+    """Return batches of tokens (of images, for a tokenizer run) on the devices."""
+    put: Callable[[Any], Any] = functools.partial(sharding.put_batch, mesh=mesh)
+    transform = build.image_transform(config)
+    if tokenizer is not None and config.data.cache_tokens:
+        began = time.monotonic()
+        source, transform = build.cache_tokens(config, source, tokenizer), None
+        say(f"encoded {len(source):,} images in {time.monotonic() - began:.1f} s")
+    elif tokenizer is not None:
+        encode = build.make_encoder(tokenizer, mesh)
+        host_to_device = put
+        put = lambda batch: encode(host_to_device(batch))  # noqa: E731
+    batches = build.make_batches(config, source, transform)
+    return loop.DeviceBatches(batches, put, config.data.prefetch)
+
+
+def _inference_params(state: Any) -> Any:
+    return state.params if state.ema is None else state.ema
+
+
+def _generate(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer, state: Any, labels: np.ndarray
+) -> np.ndarray:
+    tokens = generator.generate_tokens(
+        build_models.model_config(config),
+        _inference_params(state),
+        labels,
+        build_models.sampler_config(config),
+        seed=config.seed,
+        batch_size=config.report.batch_size,
+        mesh=mesh,
+    )
+    return generator.decode_images(tokenizer, tokens)
+
+
+def _draw_grid(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
+) -> np.ndarray:
+    """Return samples, one class a column; for a tokenizer, images above reconstructions."""
+    if tokenizer is not None:
+        columns = min(config.model.num_classes, 10)
+        labels = np.tile(np.arange(columns), GRID_ROWS)
+        images = _generate(config, mesh, tokenizer, state, labels)
+        return pictures.make_grid(images, columns=columns)
+    images = _heldout_images(config)[:16]
+    trained = create_tokenizer(build_models.tokenizer_config(config), _local(state))
+    rebuilt = pictures.to_uint8(np.asarray(trained.decode(trained.encode(images))))
+    both = np.concatenate([pictures.to_uint8(images), rebuilt])
+    return pictures.make_grid(both, columns=len(images))
+
+
+def _local(state: Any) -> Any:
+    """Return the parameters on this process's first device."""
+    return jax.tree.map(np.asarray, jax.device_get(_inference_params(state)))
+
+
+def _heldout_images(config: ConfigDict) -> np.ndarray:
+    if config.data.name == "digits":
+        return to_float(digits_arrays("test")[0])
+    source, transform = build.make_source(config), build.image_transform(config)
+    count = min(len(source), 64)
+    rng = np.random.default_rng(config.seed)
+    return np.stack([transform(source[i], rng)["image"] for i in range(count)])
+
+
+def _report(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
+) -> dict[str, Any]:
+    """Measure what was trained."""
+    report: dict[str, Any] = {"steps": config.training.num_steps}
+    if config.report.name == "none":
+        return report
+    if tokenizer is None:
+        images = _heldout_images(config)
+        trained = create_tokenizer(build_models.tokenizer_config(config), _local(state))
+        tokens = trained.encode(images, batch_size=64)
+        rebuilt = np.clip(np.asarray(trained.decode(tokens, batch_size=64)), -1, 1)
+        mse = float(np.mean((rebuilt - images) ** 2))
+        train_images = to_float(digits_arrays("train")[0])
+        usage = codebook_usage(
+            trained.encode(train_images, batch_size=64), trained.spec.codebook_size
+        )
+        psnr = 10 * np.log10(4 / mse)
+        return report | {"mse": mse, "psnr_db": float(psnr), "usage": float(usage)}
+    labels = np.arange(config.report.num_samples) % config.model.num_classes
+    images = _generate(config, mesh, tokenizer, state, labels)
+    measured = digits_report(
+        images, labels, train=digits_arrays("train"), heldout=digits_arrays("test")
+    )
+    return report | {name: round(value, 4) for name, value in measured.items()}
+
+
+def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
+    """Return a TensorBoard writer; only process 0 writes files."""
+    first = jax.process_index() == 0
+    return tensorboardX.SummaryWriter(
+        os.path.join(workdir, "tensorboard"), write_to_disk=first
+    )
+
+
+@contextlib.contextmanager
+def _claim_nothing(workdir, config):
+    yield workdir
+
+
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def exit_on_user_error(function: Callable[[], Any]) -> None:
+    """Run a command line; end it with one clear line and status 1 where the input is at fault."""
+    try:
+        function()
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+def main(argv: list[str]) -> None:
+    """Parse what absl left and train."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells of every file at INFO
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    exit_on_user_error(lambda: train(_CONFIG.value, _WORKDIR.value))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,195 @@
+import io
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+from maskgil_jax.data.errors import DatasetError, ImageReadError
+from maskgil_jax.data.tfds import TFDSSource
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def encode(value):
+    file = io.BytesIO()
+    Image.new("RGB" if value % 2 else "L", (9, 8 + value), value).save(file, "PNG")
+    return file.getvalue()
+
+
+def prepare(
+    data_dir, *, version="1.9.0", file_format="array_record", encode=encode, label=lambda i: i % 3
+):
+    """Write what `tfds build` writes, without TensorFlow: 3 + 2 training, 2 validation images."""
+    folder = data_dir / "shapes" / version
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "picture": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=["circle", "square", "star"]),
+            "title": tfds.features.Text(),
+        }
+    )
+    identity = DatasetIdentity("shapes", tfds.core.Version(version), str(folder), __name__)
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description="", homepage="")
+    info.set_file_format(file_format)
+    splits = []
+    for split, shard_lengths in {"train": [3, 2], "validation": [2]}.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="shapes", split=split, filetype_suffix=file_format
+        )
+        numbers = itertools.count()
+        for shard, length in enumerate(shard_lengths):
+            path = template.sharded_filepath(shard_index=shard, num_shards=len(shard_lengths))
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for i in itertools.islice(numbers, length):
+                record = {
+                    "picture": io.BytesIO(encode(i)),
+                    "label": label(i),
+                    "title": f"number {i}",
+                }
+                writer.write(features.serialize_example(record))
+            writer.close()
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=shard_lengths, num_bytes=1, filename_template=template
+            )
+        )
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("tfds")
+    prepare(data_dir)
+    return data_dir
+
+
+def open_shapes(data_dir, split="train", name="shapes", **options):
+    return TFDSSource(name, split, data_dir, **{"image_key": "picture", **options})
+
+
+def test_records_are_rgb_images_with_labels(prepared):
+    source = open_shapes(prepared)
+    assert (len(source), source.num_classes, source.name) == (5, 3, "shapes/train")
+    for index in range(5):
+        record = source[index]
+        assert record["image"].shape == (8 + index, 9, 3)
+        # Number i is red level i, or grey where i is even.
+        assert record["image"][0, 0].tolist() == [index, *([0, 0] if index % 2 else [index] * 2)]
+        assert (record["image"].dtype, record["label"].dtype) == (np.uint8, np.int32)
+        assert int(record["label"]) == index % 3
+    assert len(open_shapes(prepared, "validation")) == 2
+    assert len(open_shapes(prepared, "train[:40%]")) == 2
+    with pytest.raises(IndexError):
+        source[5]
+
+
+def test_newest_or_the_named_version_is_taken(tmp_path):
+    prepare(tmp_path, version="1.9.0")
+    prepare(tmp_path, version="1.10.0")
+    assert "1.10.0" in repr(open_shapes(tmp_path))
+    assert "1.9.0" in repr(open_shapes(tmp_path, name="shapes:1.9.0"))
+
+
+def test_tensorflow_is_never_imported(prepared):
+    script = """if True:
+        import sys
+        from maskgil_jax.data.tfds import TFDSSource
+        source = TFDSSource("shapes", "train", sys.argv[1], image_key="picture")
+        assert source[0]["image"].shape[2] == 3
+        print(sorted({m.partition(".")[0] for m in sys.modules} & {"tensorflow", "torch", "jax"}))
+        """
+    command = [sys.executable, "-W", "error", "-c", script, str(prepared)]
+    result = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_missing_dataset_says_where_and_how_to_prepare(prepared, tmp_path):
+    command = f"tfds build nosuch --file_format=array_record --data_dir={prepared}"
+    with pytest.raises(DatasetError, match=f"'nosuch' is not prepared.*shapes/1.9.0.*{command}"):
+        open_shapes(prepared, name="nosuch")
+    with pytest.raises(DatasetError, match=f"prepared in {tmp_path}: nothing"):
+        open_shapes(tmp_path)
+    with pytest.raises(DatasetError, match=r"'shapes:2.0.0' is not prepared"):
+        open_shapes(prepared, name="shapes:2.0.0")
+
+
+def test_other_storage_format_is_refused(tmp_path):
+    prepare(tmp_path, file_format="tfrecord")
+    with pytest.raises(DatasetError, match=r"stored as tfrecord.*--file_format=array_record"):
+        open_shapes(tmp_path)
+
+
+def test_unknown_split_and_features_are_named(prepared):
+    with pytest.raises(DatasetError, match=r"'test'.*\['train', 'validation'\]"):
+        open_shapes(prepared, "test")
+    with pytest.raises(DatasetError, match=r"'train\[:0\]' of TFDS dataset 'shapes' is empty"):
+        open_shapes(prepared, "train[:0]")
+    with pytest.raises(DatasetError, match=r"'image' is not there as Image.*'picture': 'Image'"):
+        open_shapes(prepared, image_key="image")
+    with pytest.raises(DatasetError, match=r"'title' is not there as ClassLabel.*'title': 'Text'"):
+        open_shapes(prepared, label_key="title")
+
+
+@pytest.mark.parametrize("keep", [None, 40_000, 66_000])
+def test_missing_or_cut_file_is_noticed_at_once(tmp_path, keep):
+    folder = prepare(tmp_path)
+    shard = folder / "shapes-train.array_record-00001-of-00002"
+    content = shard.read_bytes()
+    shard.unlink()
+    if keep:
+        shard.write_bytes(content[:keep])
+    with pytest.raises(DatasetError, match=r"'shapes' is damaged.*Prepare it"):
+        open_shapes(tmp_path)
+    assert len(open_shapes(tmp_path, "validation")) == 2
+
+
+def test_damaged_image_is_named_or_replaced(tmp_path):
+    prepare(tmp_path, encode=lambda i: encode(i)[:40] if i == 2 else encode(i))
+    strict = open_shapes(tmp_path)
+    with pytest.raises(ImageReadError, match=r"image 2 of shapes/train in .*shapes/1.9.0: "):
+        strict[2]
+    lenient = open_shapes(tmp_path, max_bad_images=1)
+    with pytest.warns(UserWarning, match="1 unreadable so far, 1 allowed"):
+        records = [lenient[i] for i in range(5)]
+    assert [record["image"].shape[0] for record in records] == [8, 9, 11, 11, 12]
+
+
+def test_flipped_bit_never_gives_another_record(tmp_path):
+    shard = prepare(tmp_path) / "shapes-train.array_record-00001-of-00002"
+    expected = [open_shapes(tmp_path)[i] for i in (3, 4)]
+    content = shard.read_bytes()
+    refused = 0
+    for place in np.flatnonzero(np.frombuffer(content, np.uint8))[::25]:
+        damaged = bytearray(content)
+        damaged[place] ^= 16
+        shard.write_bytes(damaged)
+        try:
+            source = open_shapes(tmp_path)
+            records = [source[i] for i in (3, 4)]
+        except DatasetError:
+            refused += 1
+        else:
+            for record, original in zip(records, expected, strict=True):
+                np.testing.assert_array_equal(record["image"], original["image"])
+                assert record["label"] == original["label"]
+    assert refused > 10
+
+
+def test_unlabelled_records_are_refused(tmp_path):
+    prepare(tmp_path, label=lambda i: -1)
+    with pytest.raises(
+        DatasetError, match=r"record 0 of shapes/train has label -1; allowed 0\.\.2"
+    ):
+        open_shapes(tmp_path)[0]

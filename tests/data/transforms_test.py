@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from maskgil_jax.data.transforms import (
+    CenterCrop,
+    Chain,
+    RandomAffine,
+    RandomFlip,
+    ToFloat,
+    center_crop,
+    warp_affine,
+)
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+
+
+def apply(transform, image, seed=0):
+    record = {"image": image, "label": np.int32(3)}
+    return transform(record, np.random.default_rng(seed))["image"]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (100, 37), (5, 9), (64, 16), (33, 31)])
+def test_center_crop_gives_the_size(shape):
+    noise = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    assert apply(CenterCrop(size=16), noise).shape == (16, 16, 3)
+
+
+def test_center_crop_keeps_the_middle_untouched_where_no_resize_is_needed():
+    noise = np.random.default_rng(2).integers(0, 256, (16, 31, 3), np.uint8)
+    np.testing.assert_array_equal(center_crop(noise, 16), noise[:, 7:23])
+
+
+def test_center_crop_halves_by_boxes_first():
+    # 4x4 pixels to 1x1: two rounds of 2x2 means; a single bicubic resize would weigh the middle.
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0, 0] = 160
+    assert center_crop(pixels, 1).ravel().tolist() == [10, 10, 10]
+
+
+def test_flip_mirrors_left_to_right_about_as_often_as_asked(image):
+    np.testing.assert_array_equal(apply(RandomFlip(probability=1.0), image), image[:, ::-1])
+    np.testing.assert_array_equal(apply(RandomFlip(probability=0.0), image), image)
+    flips = [(apply(RandomFlip(), image, seed) != image).any() for seed in range(200)]
+    assert 70 < sum(flips) < 130
+
+
+def test_warp_of_nothing_changes_nothing(image):
+    same = warp_affine(image, shift_px=(0.0, 0.0), rotation_deg=0.0, scale=1.0, fill=9)
+    np.testing.assert_array_equal(same, image)
+    np.testing.assert_array_equal(apply(RandomAffine(), image), image)
+
+
+def test_warp_shifts_down_and_right_and_fills(image):
+    moved = warp_affine(image, shift_px=(2.0, -3.0), rotation_deg=0.0, scale=1.0, fill=9)
+    np.testing.assert_array_equal(moved[2:, :-3], image[:-2, 3:])
+    assert (moved[:2] == 9).all()
+    assert (moved[:, -3:] == 9).all()
+
+
+def test_warp_turns_counter_clockwise_about_the_centre(image):
+    turned = warp_affine(image, shift_px=(0.0, 0.0), rotation_deg=90.0, scale=1.0, fill=0)
+    # Pillow cuts fractions off where it interpolates, hence the one level.
+    np.testing.assert_allclose(turned[1:-1, 1:-1], np.rot90(image)[1:-1, 1:-1], atol=1)
+
+
+def test_warp_scales_about_the_centre():
+    square = np.zeros((12, 12, 3), np.uint8)
+    square[4:8, 4:8] = 200
+    wide = warp_affine(square, shift_px=(0.0, 0.0), rotation_deg=0.0, scale=2.0, fill=0)
+    assert (wide[3:9, 3:9] > 150).all()
+    assert (wide[0] < 50).all()
+
+
+def test_affine_draws_from_its_generator_within_its_bounds(image):
+    shake = RandomAffine(max_shift_px=2.0, max_rotation_deg=10.0, scale_range=(0.9, 1.1))
+    np.testing.assert_array_equal(apply(shake, image, 5), apply(shake, image, 5))
+    assert (apply(shake, image, 5) != apply(shake, image, 6)).any()
+
+    spot = np.zeros((33, 33, 3), np.uint8)
+    spot[16, 16] = 255
+    shifts = [apply(RandomAffine(max_shift_px=3.0), spot, seed)[..., 0] for seed in range(50)]
+    places = np.array([np.unravel_index(s.argmax(), s.shape) for s in shifts]) - 16
+    assert np.abs(places).max() == 3
+    assert places.min(0).tolist() == [-3, -3]
+    assert places.max(0).tolist() == [3, 3]
+
+
+def test_to_float_covers_minus_one_to_one():
+    values = apply(ToFloat(), np.array([0, 127, 255], np.uint8).reshape(1, 1, 3))
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values.ravel(), [-1, 127 / 127.5 - 1, 1], atol=1e-7)
+
+
+def test_chain_runs_in_order_and_leaves_the_record_alone(image):
+    image.setflags(write=False)
+    record = {"image": image, "label": np.int32(3)}
+    chain = Chain(transforms=(CenterCrop(size=8), RandomFlip(probability=1.0), ToFloat()))
+    result = chain(record, np.random.default_rng(0))
+    expected = center_crop(image, 8)[:, ::-1] / np.float32(127.5) - 1
+    np.testing.assert_allclose(result["image"], expected, atol=1e-6)
+    assert result["label"] == 3
+    assert record["image"] is image
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: CenterCrop(size=0), "size = 0"),
+        (lambda: RandomFlip(probability=1.5), "probability = 1.5"),
+        (lambda: RandomAffine(max_shift_px=-1.0), "max_shift_px = -1.0"),
+        (lambda: RandomAffine(max_rotation_deg=float("nan")), "max_rotation_deg = nan"),
+        (lambda: RandomAffine(scale_range=(1.2, 0.8)), "scale_range"),
+        (lambda: RandomAffine(scale_range=(0.0, 1.0)), "scale_range"),
+        (lambda: RandomAffine(fill=256), "fill = 256"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

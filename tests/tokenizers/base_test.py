@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskgil_jax.tokenizers.base import TokenizerSpec
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, create_tokenizer
+
+CONFIG = LlamaGenVQConfig(
+    codebook_size=32,
+    channels=32,
+    channel_multipliers=(1, 1, 1),
+    num_res_blocks=1,
+    latent_channels=16,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    params = jax.jit(LlamaGenVQ(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    return create_tokenizer(CONFIG, params)
+
+
+@pytest.fixture(scope="module")
+def images():
+    # Taller than wide: rows and columns must not be exchanged.
+    return np.random.default_rng(0).uniform(-1, 1, (3, 16, 8, 3)).astype(np.float32)
+
+
+def test_encode_and_decode_have_the_contracts_shapes(tokenizer, images):
+    tokens = tokenizer.encode(images)
+    assert (tokens.shape, tokens.dtype) == ((3, 4, 2), jnp.int32)
+    assert tokens.shape[1:] == tokenizer.spec.grid_size(16, 8)
+    decoded = tokenizer.decode(tokens)
+    assert (decoded.shape, decoded.dtype) == (images.shape, jnp.float32)
+    np.testing.assert_array_equal(tokenizer.decode(np.asarray(tokens, np.int64)), decoded)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_batches_do_not_change_the_answer(tokenizer, images, batch_size):
+    tokens = tokenizer.encode(images, batch_size=batch_size)
+    np.testing.assert_array_equal(tokens, tokenizer.encode(images))
+    decoded = tokenizer.decode(tokens, batch_size=batch_size)
+    np.testing.assert_allclose(decoded, tokenizer.decode(tokens), atol=1e-5)
+
+
+def test_works_inside_jit(tokenizer, images):
+    there_and_back = jax.jit(lambda x: tokenizer.decode(tokenizer.encode(x)))(images)
+    expected = tokenizer.decode(tokenizer.encode(images))
+    np.testing.assert_allclose(there_and_back, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, jnp.bfloat16])
+def test_other_float_dtypes_are_taken(tokenizer, images, dtype):
+    narrowed = images.astype(dtype)
+    expected = tokenizer.encode(narrowed.astype(np.float32))
+    np.testing.assert_array_equal(tokenizer.encode(narrowed), expected)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"shape \(8, 8, 3\).*\[b, height, width, channels\]"),
+        (np.zeros((1, 8, 8, 1), np.float32), r"1 channels.*takes 3"),
+        (np.zeros((1, 3, 8, 8), np.float32), r"8 channels.*last axis"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"dtype uint8.*/ 127\.5 - 1"),
+        (np.zeros((1, 8, 10, 3), np.float32), r"width 10.*factor 4.*to 8"),
+        (np.zeros((1, 2, 8, 3), np.float32), r"height 2.*factor 4.*to 4"),
+        (np.full((1, 8, 8, 3), 255.0, np.float32), r"from 255 to 255.*/ 127\.5 - 1"),
+        (np.full((1, 8, 8, 3), np.nan, np.float32), r"from nan.*finite"),
+    ],
+)
+def test_encode_refuses_images_that_do_not_fit(tokenizer, bad, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.full((1, 2, 2), 32, np.int32), r"code 32; .*\[0, 32\).*mask token"),
+        (np.full((1, 2, 2), -1, np.int32), r"code -1; .*\[0, 32\)"),
+        (np.zeros((1, 2, 2), np.float32), r"dtype float32.*integers"),
+        (np.zeros((1, 4), np.int32), r"shape \(1, 4\).*\[b, rows, columns\]"),
+        (np.zeros((1, 0, 4), np.int32), r"shape \(1, 0, 4\)"),
+    ],
+)
+def test_decode_refuses_tokens_that_do_not_fit(tokenizer, bad, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode(bad)
+
+
+def test_a_batch_size_below_one_is_refused(tokenizer, images):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        tokenizer.encode(images, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("family", ""), ("codebook_size", 0), ("downsample_factor", 0)]
+)
+def test_spec_refuses_what_is_not_allowed(field, value):
+    fields = dict(family="x", codebook_size=8, downsample_factor=4, embed_dim=2) | {field: value}
+    with pytest.raises(ValueError, match=field):
+        TokenizerSpec(**fields)

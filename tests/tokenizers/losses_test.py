@@ -1,0 +1,146 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskgil_jax.tokenizers import losses
+from maskgil_jax.tokenizers.llamagen_vq import VQOutputs
+from maskgil_jax.tokenizers.losses import TokenizerLossWeights, tokenizer_loss
+from maskgil_jax.tokenizers.quantizers import VectorQuantizer
+
+CODES = 16
+
+
+@pytest.fixture
+def case():
+    keys = jax.random.split(jax.random.key(0), 4)
+    images = jax.random.uniform(keys[0], (2, 8, 8, 3), minval=-1, maxval=1)
+    reconstruction = images + 0.3 * jax.random.normal(keys[1], images.shape)
+    latents = jax.random.normal(keys[2], (2, 4, 4, 8))
+    codebook = jax.random.normal(keys[3], (CODES, 8))
+    return images, reconstruction, latents, codebook
+
+
+def quantize(latents, codebook, reconstruction):
+    module = VectorQuantizer(CODES, 8)
+    quantized = module.apply({"params": {"codebook": codebook}}, latents)
+    return VQOutputs(
+        reconstruction, quantized.tokens, quantized.latents, quantized.codes, quantized.codebook
+    )
+
+
+def reference_entropy(latents, codebook, temperature):
+    latents = np.asarray(latents, np.float64).reshape(-1, latents.shape[-1])
+    codebook = np.asarray(codebook, np.float64)
+    logits = -((latents[:, None] - codebook[None]) ** 2).sum(-1) / temperature
+    logits -= logits.max(-1, keepdims=True)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    per_position = -(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean()
+    mean = p.mean(0)
+    return per_position + (mean * np.log(mean + 1e-5)).sum()
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1"])
+def test_terms_match_their_formulas_and_add_up(case, kind):
+    images, reconstruction, latents, codebook = case
+    outputs = quantize(latents, codebook, reconstruction)
+    weights = TokenizerLossWeights(reconstruction_kind=kind, reconstruction=2.0, entropy=0.1)
+    loss, metrics = tokenizer_loss(outputs, images, weights)
+    error = np.asarray(reconstruction, np.float64) - np.asarray(images, np.float64)
+    expected = np.mean(error**2) if kind == "l2" else np.mean(np.abs(error))
+    gap = np.mean((np.asarray(outputs.latents) - np.asarray(outputs.quantized)) ** 2)
+    entropy = reference_entropy(outputs.latents, outputs.codebook, 0.01)
+    np.testing.assert_allclose(metrics["reconstruction"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["codebook"], gap, rtol=1e-5)
+    np.testing.assert_allclose(metrics["commitment"], gap, rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-4)
+    total = 2 * expected + gap + 0.25 * gap + 0.1 * entropy
+    np.testing.assert_allclose(loss, total, rtol=1e-4)
+    assert metrics["loss"] == loss
+
+
+def test_the_codebook_learns_from_the_codebook_loss_only(case):
+    images, reconstruction, latents, codebook = case
+
+    def gradients(**weights):
+        chosen = {"reconstruction": 0.0, "codebook": 0.0, "commitment": 0.0} | weights
+
+        def loss(latents, codebook):
+            module = VectorQuantizer(CODES, 8)
+            quantized = module.apply({"params": {"codebook": codebook}}, latents)
+            # A decoder that sees every code, so that the reconstruction depends on them.
+            decoded = reconstruction + jnp.mean(quantized.straight_through)
+            outputs = quantize(latents, codebook, decoded)
+            return tokenizer_loss(outputs, images, TokenizerLossWeights(**chosen))[0]
+
+        return [float(jnp.abs(g).max()) for g in jax.grad(loss, (0, 1))(latents, codebook)]
+
+    for name, to_latents, to_codebook in (
+        ("reconstruction", True, False),
+        ("commitment", True, False),
+        ("codebook", False, True),
+        ("entropy", True, True),
+    ):
+        found = gradients(**{name: 1.0})
+        assert [g > 0 for g in found] == [to_latents, to_codebook], (name, found)
+
+
+def test_without_its_weight_the_entropy_term_costs_nothing(case):
+    images, reconstruction, latents, codebook = case
+    outputs = quantize(latents, codebook, reconstruction)
+    positions = outputs.tokens.size
+
+    def holds_a_table(weights):
+        jaxpr = jax.make_jaxpr(lambda o: tokenizer_loss(o, images, weights)[0])(outputs)
+        sizes = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars]
+        return any(shape == (positions, CODES) for shape in sizes)
+
+    assert "entropy" not in tokenizer_loss(outputs, images, TokenizerLossWeights())[1]
+    assert not holds_a_table(TokenizerLossWeights())
+    assert holds_a_table(TokenizerLossWeights(entropy=0.1))
+
+
+def test_entropy_prefers_sure_and_even_assignments():
+    codebook = jnp.eye(4)
+    even = codebook.reshape(1, 2, 2, 4)
+    one_code = jnp.broadcast_to(codebook[0], (1, 2, 2, 4))
+    unsure = jnp.full((1, 2, 2, 4), 0.5)
+    np.testing.assert_allclose(losses.entropy_loss(even, codebook), -np.log(4), atol=1e-3)
+    np.testing.assert_allclose(losses.entropy_loss(one_code, codebook), 0, atol=1e-3)
+    np.testing.assert_allclose(losses.entropy_loss(unsure, codebook), 0, atol=1e-3)
+
+
+def test_codebook_health():
+    tokens = jnp.array([[[0, 0], [3, 3]]])
+    assert losses.codebook_usage(tokens, 8) == 0.25
+    counts = losses.count_codes(tokens, 8)
+    np.testing.assert_array_equal(counts, [2, 0, 0, 2, 0, 0, 0, 0])
+    np.testing.assert_allclose(losses.perplexity(counts), 2.0, rtol=1e-6)
+    np.testing.assert_allclose(losses.perplexity(jnp.ones(8, jnp.int32)), 8.0, rtol=1e-6)
+
+
+def test_metrics_report_the_codes_of_the_batch(case):
+    images, reconstruction, latents, codebook = case
+    outputs = quantize(latents, codebook, reconstruction)
+    metrics = tokenizer_loss(outputs, images, TokenizerLossWeights())[1]
+    used = len(np.unique(outputs.tokens))
+    assert 1 < used < CODES
+    np.testing.assert_allclose(metrics["usage"], used / CODES)
+    assert 1 < metrics["perplexity"] <= used
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reconstruction_kind", "l3"),
+        ("codebook", -1.0),
+        ("commitment", -0.25),
+        ("entropy", -0.1),
+        ("entropy_temperature", 0.0),
+    ],
+)
+def test_weights_refuse_what_is_not_allowed(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is '?{value}"):
+        dataclasses.replace(TokenizerLossWeights(), **{field: value})
