@@ -33,6 +33,7 @@ FORMAT = "maskgil_jax"
 FORMAT_VERSION = 1
 _PARAMS = "params.safetensors"
 _CONFIG = "config.json"
+_TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class CheckpointError(ValueError):
@@ -112,6 +113,7 @@ def write_model_dir(
     arrays = {key: np.ascontiguousarray(np.asarray(value)) for key, value in flat.items()}
     with new_directory(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary / _PARAMS)
+        (temporary / _PARAMS).chmod(0o644)
         header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -177,8 +179,8 @@ class Checkpoints:
     """The training checkpoints of one run directory.
 
     Layout: `checkpoints/<step>/` (orbax; one item per tree and the data iterator) and
-    `manifests/<step>.json`, the SHA-256 of every file of the step, written after orbax has
-    committed it. A step without a valid manifest does not count: it is moved to `damaged/` and the
+    `manifests/<step>.json`, the SHA-256 of every file of the step, written before orbax commits the
+    step by renaming it. A step without a valid manifest does not count: it is moved to `damaged/` and the
     newest valid one is used.
 
     All processes of a run call every method together.
@@ -296,14 +298,14 @@ class Checkpoints:
             )
 
     def _write_manifests(self) -> None:
+        """Sum up the step being written; orbax calls this just before it renames the step."""
         if not self._first:
             return
-        steps = {p.name: p for p in self._steps.iterdir() if p.name.isdigit()}
-        for name, path in steps.items():
-            manifest = self._manifests / f"{name}.json"
-            if not manifest.exists():
-                sums = {str(p.relative_to(path)): file_sha256(p) for p in _files(path)}
-                write_text_atomically(manifest, json.dumps(sums, indent=0))
+        for path in self._steps.glob(f"*{_TEMPORARY}"):
+            sums = {str(p.relative_to(path)): file_sha256(p) for p in _files(path)}
+            manifest = self._manifests / f"{path.name.removesuffix(_TEMPORARY)}.json"
+            write_text_atomically(manifest, json.dumps(sums, indent=0))
+        steps = {p.name.split(".")[0] for p in self._steps.iterdir()}
         for manifest in self._manifests.glob("*.json"):
             if manifest.stem not in steps:
                 manifest.unlink()
@@ -338,7 +340,8 @@ class Checkpoints:
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file())
+    """Return the files of a step that hold its contents, not orbax's note of when it was written."""
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "_CHECKPOINT_METADATA")
 
 
 def _describe(name: str, tree: Any) -> dict[str, str]:

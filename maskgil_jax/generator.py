@@ -217,7 +217,7 @@ def generate_tokens(
         chunk = labels[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge")
         rngs = masked.image_keys(seed, np.arange(start, start + size))
-        with mesh:
+        with jax.set_mesh(mesh):
             tokens = function(params, padded, rngs)
         outputs.append(np.asarray(tokens)[: len(chunk)])
     return np.concatenate(outputs) if outputs else np.zeros((0, *model.grid_size), np.int32)

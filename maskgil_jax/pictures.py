@@ -5,13 +5,14 @@ import os
 import pathlib
 
 import numpy as np
+from jax import Array
 from jaxtyping import UInt8
 from PIL import Image
 
 BACKGROUND = 255
 
 
-def to_uint8(images: np.ndarray) -> UInt8[np.ndarray, "..."]:
+def to_uint8(images: Array | np.ndarray) -> UInt8[np.ndarray, "..."]:
     """Turn floats in [-1, 1], of any shape, into pixels: 127.5·x + 127.5, rounded and clipped.
 
     Never stretched to an image's own range, which would change what is measured on it.
@@ -30,7 +31,7 @@ def to_uint8(images: np.ndarray) -> UInt8[np.ndarray, "..."]:
 
 
 def make_grid(
-    images: np.ndarray, *, columns: int | None = None, padding: int = 2, scale: int = 1
+    images: Array | np.ndarray, *, columns: int | None = None, padding: int = 2, scale: int = 1
 ) -> UInt8[np.ndarray, "H W c"]:
     """Lay uint8 images [b H W c] out in rows, the first at the top left, on white.
 
@@ -58,7 +59,7 @@ def make_grid(
     return grid
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+def save_png(path: str | os.PathLike, image: Array | np.ndarray) -> None:
     """Write one uint8 image [H W c] as a PNG file; it appears whole or not at all.
 
     Folders on the way are made, an existing file is replaced.

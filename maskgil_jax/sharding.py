@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -53,7 +53,7 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
             f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes) or rest} devices "
             f"or a multiple, but there are {devices.size}"
         )
-    return Mesh(devices.reshape(sizes), AXES)
+    return Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -93,12 +93,21 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
 
     Returns:
         the unboxed tree with shardings for leaves.
+
+    Raises:
+        ValueError: if an axis has a logical name that no rule knows.
     """
+    known = {name for name, _ in RULES} | {None}
 
     def sharding(leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
         names = leaf.names
+        if unknown := set(names) - known:
+            raise ValueError(
+                f"logical axes {sorted(unknown)} have no rule; allowed: "
+                f"{', '.join(name for name, _ in RULES)}"
+            )
         axes = nn.logical_to_mesh_axes(names, RULES)
         shape = leaf.value.shape
         return NamedSharding(mesh, PartitionSpec(*_divisible(axes, shape, mesh)))

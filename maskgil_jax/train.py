@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,14 +19,16 @@ from typing import Any
 import jax
 import numpy as np
 import tensorboardX
-from absl import app, flags, logging
+from absl import app, flags
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from maskgil_jax import checkpoints, generator, pictures, sharding
+from maskgil_jax import checkpoints, cli, generator, pictures, sharding
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build
+from maskgil_jax.cli import say
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.transforms import to_float
 from maskgil_jax.evals.digits import digits_report
@@ -39,10 +40,7 @@ from maskgil_jax.workdir import claim_workdir
 
 GRID_ROWS = 8
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, loop.NonFiniteError)
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; resumed if it exists.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes the cluster started.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
@@ -68,7 +66,7 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     source = build.make_source(config)
     tokenizer = _open_tokenizer(config, source)
     claim = claim_workdir if jax.process_index() == 0 else _claim_nothing
-    with claim(workdir, config), mesh:
+    with claim(workdir, config), jax.set_mesh(mesh):
         task = (
             build.make_maskgil_task(config, mesh)
             if config.kind == "maskgil"
@@ -220,8 +218,8 @@ def _draw_grid(
 
 
 def _local(state: Any) -> Any:
-    """Return the parameters on this process's first device."""
-    return jax.tree.map(np.asarray, jax.device_get(_inference_params(state)))
+    """Return the parameters as NumPy arrays, gathered from all processes."""
+    return multihost_utils.process_allgather(_inference_params(state), tiled=True)
 
 
 def _heldout_images(config: ConfigDict) -> np.ndarray:
@@ -273,29 +271,14 @@ def _claim_nothing(workdir, config):
     yield workdir
 
 
-def say(text: str) -> None:
-    """Print a line, in the first process only."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def exit_on_user_error(function: Callable[[], Any]) -> None:
-    """Run a command line; end it with one clear line and status 1 where the input is at fault."""
-    try:
-        function()
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-
-
 def main(argv: list[str]) -> None:
-    """Parse what absl left and train."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells of every file at INFO
+    """Join the other processes and train."""
+    cli.start(argv)
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    exit_on_user_error(lambda: train(_CONFIG.value, _WORKDIR.value))
+    cli.exit_on_user_error(
+        lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError
+    )
 
 
 if __name__ == "__main__":

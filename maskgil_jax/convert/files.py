@@ -153,7 +153,7 @@ def _extract_in_child(path: Path, plain: Path, wrappers: tuple[str, ...]) -> Non
 
 
 def write_checkpoint(
-    path: os.PathLike | str, state_dict: Mapping[str, np.ndarray], *, wrapper: str
+    path: os.PathLike | str, state_dict: Mapping[str, Any], *, wrapper: str
 ) -> None:
     """Write a state dict under torch names; the path appears only when all of it is written.
 

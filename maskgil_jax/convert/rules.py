@@ -275,7 +275,7 @@ def import_tree(
 
 
 def export_tree(
-    family: Family, leaves: Mapping[str, np.ndarray], template: Mapping[str, TensorLike]
+    family: Family, leaves: Mapping[str, Any], template: Mapping[str, TensorLike]
 ) -> dict[str, np.ndarray]:
     """Arrange the leaves of a tree as a state dict, dropped buffers written back as zeros.
 

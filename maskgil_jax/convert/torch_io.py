@@ -31,6 +31,8 @@ NO_TORCH = (
     'pip install "maskgil_jax[torch]" (.safetensors files need none)'
 )
 _SPARE_MEMORY = 1 << 30
+# What zipfile raises, besides BadZipFile, for a damaged directory.
+_DAMAGE = (EOFError, OSError, NotImplementedError, OverflowError, RuntimeError, LookupError)
 
 
 class RefusedError(ValueError):
@@ -49,14 +51,10 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             _check_members(archive.infolist(), path.stat().st_size)
             damaged = archive.testzip()
-    # A damaged directory makes zipfile raise a dozen different errors.
     except (zipfile.BadZipFile, *_DAMAGE) as error:
         raise RefusedError(f"the zip archive is damaged or truncated: {error}") from error
     if damaged is not None:
         raise RefusedError(f"damaged: the checksum of {damaged!r} is wrong; get the file again")
-
-
-_DAMAGE = (EOFError, OSError, NotImplementedError, OverflowError, RuntimeError, LookupError)
 
 
 def _check_members(members: list[zipfile.ZipInfo], file_size: int) -> None:
@@ -90,7 +88,7 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _select_weights(saved: Any, wrappers: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+def _select_weights(saved: Any, wrappers: tuple[str, ...]) -> tuple[dict[Any, Any], str]:
     """Return the state dict in what was saved, and the entry that held it ("" for none)."""
     if not isinstance(saved, dict):
         raise RefusedError(f"the file holds a {type(saved).__name__}, not a dict of tensors")
@@ -124,7 +122,7 @@ def _check_tensor(name: Any, tensor: Any) -> None:
         expected *= max(length, 1)
 
 
-def _check_overlap(state: Mapping[str, Any]) -> None:
+def _check_overlap(state: Mapping[Any, Any]) -> None:
     """Refuse tensors that share memory: each weight has its own."""
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)

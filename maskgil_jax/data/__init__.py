@@ -8,5 +8,5 @@ and for labelled images `.num_classes`. Image records are `{"image": uint8 [H W 
 - `transforms`: record → record, with a generator where something is drawn.
 - `pipeline`: source → shuffled, sharded, batched iterator that resumes exactly.
 
-Nothing here imports another room, JAX or TensorFlow.
+Nothing here imports another room or TensorFlow.
 """

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -36,9 +37,9 @@ class ArraySource:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = operator.index(index)
-        return {key: np.asarray(array[index]) for key, array in self._arrays.items()}
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        row = operator.index(index)
+        return {key: np.asarray(array[row]) for key, array in self._arrays.items()}
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{k}: {a.dtype} {a.shape}" for k, a in self._arrays.items())

@@ -6,6 +6,7 @@ Start of the training path when nothing has been downloaded; the held-out part i
 
 import functools
 import operator
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
@@ -56,9 +57,9 @@ class DigitsSource:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = operator.index(index)
-        return {"image": self._images[index], "label": np.asarray(self._labels[index])}
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        row = operator.index(index)
+        return {"image": self._images[row], "label": np.asarray(self._labels[row])}
 
     def __repr__(self) -> str:
         return f"DigitsSource(split={self.split!r})"

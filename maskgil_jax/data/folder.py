@@ -4,6 +4,7 @@ import bisect
 import itertools
 import os
 import pathlib
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class ImageFolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: SupportsIndex) -> Record:
         return self._reader[index]
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import pathlib
 import struct
 import warnings
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import UInt8
@@ -73,9 +74,9 @@ class TolerantReader:
         """The unreadable images met so far."""
         return tuple(self._bad.values())
 
-    def __getitem__(self, index: int) -> Record:
-        index = range(self._length)[operator.index(index)]
-        for candidate in range(index, index + self._length):
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        first = range(self._length)[operator.index(index)]
+        for candidate in range(first, first + self._length):
             candidate %= self._length
             try:
                 return self._read(candidate)

@@ -6,7 +6,7 @@ state of the iterator is the number of batches given out.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import grain
 import numpy as np
@@ -26,7 +26,7 @@ class Source(Protocol):
         """Return the number of records."""
         ...
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: SupportsIndex) -> Record:
         """Return record `index`."""
         ...
 
@@ -207,7 +207,7 @@ def _check_threads(num_threads: int, prefetch: int) -> None:
         )
 
 
-def _check_record(name: str, record: Record) -> None:
+def _check_record(name: str, record: Any) -> None:
     if not isinstance(record, dict) or not record:
         raise ValueError(f"records of {name} are {type(record).__name__}; expected filled dicts")
     for key, value in record.items():

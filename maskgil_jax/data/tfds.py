@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -72,7 +72,7 @@ class TFDSSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: SupportsIndex) -> Record:
         return self._reader[index]
 
     def __repr__(self) -> str:
@@ -134,7 +134,7 @@ def _check_features(features: Mapping[str, Any], image_key: str, label_key: str)
 
 def _open_records(
     name: str, data_dir: pathlib.Path, builder: tfds.core.DatasetBuilder, split: str, image_key: str
-) -> Sequence[dict]:
+) -> Sequence:
     """Open one split by index, its images left encoded."""
     shards = _list_shards(name, builder, split)
     try:

@@ -15,10 +15,13 @@ from jaxtyping import Array, Float, Int
 def _invert(weights: Float[Array, "*n k"], u: Float[Array, "*n"]) -> Int[Array, "*n"]:
     """Return the first index whose cumulative weight exceeds `u` times the total."""
     cumulative = jnp.cumsum(weights, axis=-1)
-    beyond = cumulative > (u * cumulative[..., -1])[..., None]
-    # Rounding may leave nothing beyond; the first maximum is the last index with a weight.
+    # A parallel sum may grow by a rounding error where a weight is zero; such an index is no choice.
+    possible = weights > 0
+    beyond = (cumulative > (u * cumulative[..., -1])[..., None]) & possible
+    # Rounding may leave nothing beyond; the largest sum is then where the last weight was added.
     found = jnp.any(beyond, axis=-1)
-    return jnp.where(found, jnp.argmax(beyond, axis=-1), jnp.argmax(cumulative, axis=-1))
+    last = jnp.argmax(jnp.where(possible, cumulative, -1), axis=-1)
+    return jnp.where(found, jnp.argmax(beyond, axis=-1), last)
 
 
 def draw_categorical(

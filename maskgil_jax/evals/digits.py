@@ -5,6 +5,7 @@ digits run; takes arrays only.
 """
 
 import numpy as np
+from jax import Array
 from jaxtyping import Float
 from sklearn.svm import SVC
 
@@ -13,11 +14,15 @@ from maskgil_jax.evals.manifold import nearest_distances, precision_recall
 SIDE = 8
 NEIGHBOURS = 3
 
-LabelledImages = tuple[np.ndarray, np.ndarray]
+LabelledImages = tuple[Array | np.ndarray, Array | np.ndarray]
 
 
 def digits_report(
-    samples: np.ndarray, labels: np.ndarray, *, train: LabelledImages, heldout: LabelledImages
+    samples: Array | np.ndarray,
+    labels: Array | np.ndarray,
+    *,
+    train: LabelledImages,
+    heldout: LabelledImages,
 ) -> dict[str, float]:
     """Judge samples (uint8 [b H W c]) made for `labels` (int [b]) against real digits.
 
@@ -76,7 +81,9 @@ def _box_average(images: np.ndarray) -> Float[np.ndarray, "b 64"]:
     return boxes.mean((2, 4, 5), dtype=np.float64).reshape(b, SIDE * SIDE)
 
 
-def _as_labelled(name: str, images: np.ndarray, labels: np.ndarray) -> LabelledImages:
+def _as_labelled(
+    name: str, images: Array | np.ndarray, labels: Array | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8:
         raise ValueError(f"{name}: images are {images.dtype}; expected uint8 pixels, 0..255")

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+from jax import Array
 from jaxtyping import Bool, Float
 
 BLOCK_ROWS = 1024
@@ -26,7 +27,11 @@ class PrecisionRecall:
 
 
 def precision_recall(
-    real: np.ndarray, generated: np.ndarray, *, k: int = 3, block_rows: int = BLOCK_ROWS
+    real: Array | np.ndarray,
+    generated: Array | np.ndarray,
+    *,
+    k: int = 3,
+    block_rows: int = BLOCK_ROWS,
 ) -> PrecisionRecall:
     """Measure precision and recall of `generated` [m, d] against `real` [n, d].
 
@@ -47,7 +52,7 @@ def precision_recall(
 
 
 def neighbour_radii(
-    features: np.ndarray, *, k: int = 3, block_rows: int = BLOCK_ROWS
+    features: Array | np.ndarray, *, k: int = 3, block_rows: int = BLOCK_ROWS
 ) -> Float[np.ndarray, " n"]:
     """Return each feature's distance to its k-th nearest neighbour, itself excluded.
 
@@ -59,7 +64,7 @@ def neighbour_radii(
 
 
 def nearest_distances(
-    queries: np.ndarray, references: np.ndarray, *, block_rows: int = BLOCK_ROWS
+    queries: Array | np.ndarray, references: Array | np.ndarray, *, block_rows: int = BLOCK_ROWS
 ) -> Float[np.ndarray, " n"]:
     """Return the distance of each query to its nearest reference; exactly 0 for a copy.
 
@@ -121,7 +126,7 @@ def _squared_distances(
         yield start, np.maximum(squared, 0, out=squared)
 
 
-def _as_features(name: str, values: np.ndarray) -> Float[np.ndarray, "n d"]:
+def _as_features(name: str, values: Array | np.ndarray) -> Float[np.ndarray, "n d"]:
     values = np.asarray(values)
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "fiu":
         raise ValueError(

@@ -18,7 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
 from maskgil_jax.models.conditioning import Embedding
-from maskgil_jax.models.transformer import Transformer, TransformerConfig, weight_init
+from maskgil_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    check_choices,
+    weight_init,
+)
 
 _CHOICES = {
     "condition": ("first", "last"),
@@ -63,11 +68,7 @@ class MaskGILConfig(TransformerConfig):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "grid_size", tuple(self.grid_size))
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
-                )
+        check_choices(self, _CHOICES)
         for name in ("codebook_size", "num_classes", "head_alignment"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
@@ -117,7 +118,7 @@ class MaskGILConfig(TransformerConfig):
                 f"MaskGILConfig: unknown fields {sorted(set(fields) - known)}, missing fields "
                 f"{sorted(required - set(fields))}; allowed: {', '.join(sorted(known))}"
             )
-        return cls(**fields)
+        return cls(**fields | {"grid_size": tuple(fields["grid_size"])})
 
     def rope_table(self, grid_size: tuple[int, int] | None = None) -> np.ndarray:
         """Return the rotary table of the whole sequence, condition token included.

@@ -8,6 +8,8 @@ Reference: LLaMA (Touvron et al., 2023); MaskGIL section 3.1 and Figure 4; Lumin
 """
 
 import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,11 +69,7 @@ class TransformerConfig:
         choices = dict(
             qk_norm=NORMS, post_norm=NORMS, dtype=DTYPES, remat=REMATS, attention=ATTENTIONS
         )
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
-                )
+        check_choices(self, choices)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is out of range; allowed: [0, 1)")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
@@ -81,6 +79,16 @@ class TransformerConfig:
     def head_dim(self) -> int:
         """Channels per head."""
         return self.width // self.num_heads
+
+
+def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raise a `ValueError`, naming the nearest choice, where a field holds none of its choices."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}.{hint}")
 
 
 def weight_init(*axes: str | None, stddev: float = 0.02):

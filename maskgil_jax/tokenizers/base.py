@@ -73,10 +73,14 @@ class Tokenizer:
     module: nn.Module
     params: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        # Once here, or every call would copy them to the device again.
+        object.__setattr__(self, "params", jax.tree.map(jnp.asarray, self.params))
+
     def encode(
-        self, images: Float[Array | np.ndarray, "b H W c"], *, batch_size: int | None = None
+        self, images: Array | np.ndarray, *, batch_size: int | None = None
     ) -> Int[Array, "b gh gw"]:
-        """Turn images in [-1, 1] into int32 tokens, one per `downsample_factor` square of pixels.
+        """Turn float images [b H W c] in [-1, 1] into int32 tokens [b gh gw].
 
         `batch_size` bounds the memory: that many images are encoded at a time.
 
@@ -85,12 +89,12 @@ class Tokenizer:
         """
         check_images(images, self.spec)
         function = functools.partial(_encode, self.module, self.params)
-        return _in_batches(function, images, batch_size)
+        return _in_batches(function, images, jnp.float32, batch_size)
 
     def decode(
-        self, tokens: Int[Array | np.ndarray, "b gh gw"], *, batch_size: int | None = None
+        self, tokens: Array | np.ndarray, *, batch_size: int | None = None
     ) -> Float[Array, "b H W c"]:
-        """Turn tokens into float32 images, nominally in [-1, 1] but not clipped.
+        """Turn tokens [b gh gw] into float32 images [b H W c], near [-1, 1] but not clipped.
 
         `batch_size` bounds the memory: that many images are decoded at a time.
 
@@ -99,7 +103,7 @@ class Tokenizer:
         """
         check_tokens(tokens, self.spec)
         function = functools.partial(_decode, self.module, self.params)
-        return _in_batches(function, tokens, batch_size)
+        return _in_batches(function, tokens, jnp.int32, batch_size)
 
 
 def check_images(images: Array | np.ndarray, spec: TokenizerSpec) -> None:
@@ -110,7 +114,9 @@ def check_images(images: Array | np.ndarray, spec: TokenizerSpec) -> None:
             not a multiple of the downsample factor, or values that are not in [-1, 1].
     """
     if images.ndim != 4:
-        raise ValueError(f"images have shape {images.shape}; give a batch [b, height, width, channels]")
+        raise ValueError(
+            f"images have shape {images.shape}; give a batch [b, height, width, channels]"
+        )
     if images.shape[-1] != spec.image_channels:
         raise ValueError(
             f"images have {images.shape[-1]} channels (shape {images.shape}); this tokenizer takes "
@@ -138,7 +144,9 @@ def check_tokens(tokens: Array | np.ndarray, spec: TokenizerSpec) -> None:
             [0, codebook_size).
     """
     if tokens.ndim != 3 or 0 in tokens.shape[1:]:
-        raise ValueError(f"tokens have shape {tokens.shape}; give a batch of grids [b, rows, columns]")
+        raise ValueError(
+            f"tokens have shape {tokens.shape}; give a batch of grids [b, rows, columns]"
+        )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens have dtype {tokens.dtype}; give integers, such as int32")
     if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
@@ -152,26 +160,31 @@ def check_tokens(tokens: Array | np.ndarray, spec: TokenizerSpec) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(module: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
-    return module.apply({"params": params}, images.astype(jnp.float32), method="encode")
+def _encode(module: nn.Module, params: Mapping[str, Any], images: Array) -> Any:
+    return module.apply({"params": params}, images, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(module: nn.Module, params: Mapping[str, Any], tokens: Array) -> Array:
-    return module.apply({"params": params}, tokens.astype(jnp.int32), method="decode")
+def _decode(module: nn.Module, params: Mapping[str, Any], tokens: Array) -> Any:
+    return module.apply({"params": params}, tokens, method="decode")
 
 
 def _in_batches(
-    function: Callable[[Array], Array], inputs: Array | np.ndarray, batch_size: int | None
+    function: Callable[[Array], Array],
+    inputs: Array | np.ndarray,
+    dtype: Any,
+    batch_size: int | None,
 ) -> Array:
     """Apply a function to slices of the leading axis, all of one shape so that it compiles once."""
     if batch_size is None:
-        return function(jnp.asarray(inputs))
+        return function(jnp.asarray(inputs, dtype))
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None for one batch")
+        raise ValueError(
+            f"batch_size is {batch_size}; it must be at least 1, or None for one batch"
+        )
     outputs = []
     for start in range(0, max(len(inputs), 1), batch_size):
-        batch = jnp.asarray(inputs[start : start + batch_size])
+        batch = jnp.asarray(inputs[start : start + batch_size], dtype)
         padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
         outputs.append(function(jnp.pad(batch, padding))[: len(batch)])
     return jnp.concatenate(outputs)

@@ -8,7 +8,7 @@ Generation", section 2.1; `tokenizer/tokenizer_image/vq_model.py` of FoundationV
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -44,7 +44,7 @@ class LlamaGenVQConfig:
     codebook_size: int = 16384
     embed_dim: int = 8
     channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     latent_channels: int = 256
     image_channels: int = 3
@@ -135,8 +135,9 @@ class LlamaGenVQ(nn.Module):
     config: LlamaGenVQConfig
 
     def setup(self) -> None:
+        """Create the nets, the quantiser and the 1x1 convolutions around it."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        nets = dict(
+        nets: dict[str, Any] = dict(
             channels=config.channels,
             channel_multipliers=config.channel_multipliers,
             num_res_blocks=config.num_res_blocks,

@@ -112,6 +112,7 @@ class VectorQuantizer(nn.Module):
     l2_normalize: bool = True
 
     def setup(self) -> None:
+        """Create the codebook."""
         init = init_unit_codebook if self.l2_normalize else init_codebook
         shape = (self.codebook_size, self.embed_dim)
         self.codebook = self.param("codebook", init, shape, jnp.float32)

@@ -34,6 +34,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
+        """Return the normalised input in its own dtype."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
@@ -62,6 +63,7 @@ class ResidualBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b H W c"], train: bool = False
     ) -> Float[Array, "b H W features"]:
+        """Return the input, projected if need be, plus the residual branch."""
         y = nn.swish(GroupNorm(name="norm1")(x))
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv1")(y)
         y = nn.swish(GroupNorm(name="norm2")(y))
@@ -79,15 +81,14 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b gh gw e"]) -> Float[Array, "b gh gw e"]:
+        """Return the input plus what its positions attended to."""
         batch, height, width, channels = x.shape
         normed = GroupNorm(name="norm")(x)
 
         def project(name: str, inputs: Array) -> Array:
             return nn.Conv(channels, (1, 1), dtype=self.dtype, name=name)(inputs)
 
-        q, k, v = (
-            project(name, normed).reshape(batch, height * width, channels) for name in "qkv"
-        )
+        q, k, v = (project(name, normed).reshape(batch, height * width, channels) for name in "qkv")
         logits = jnp.einsum("ble,bse->bls", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * channels**-0.5, axis=-1).astype(self.dtype)
         attended = jnp.einsum("bls,bse->ble", weights, v)
@@ -97,9 +98,7 @@ class AttentionBlock(nn.Module):
 def upsample_nearest(x: Float[Array, "b gh gw c"]) -> Float[Array, "b H W c"]:
     """Double height and width by repeating every pixel."""
     batch, height, width, channels = x.shape
-    tiled = jnp.broadcast_to(
-        x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
-    )
+    tiled = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return tiled.reshape(batch, 2 * height, 2 * width, channels)
 
 
@@ -120,6 +119,8 @@ class Encoder(nn.Module):
     def __call__(
         self, images: Float[Array, "b H W c"], train: bool = False
     ) -> Float[Array, "b gh gw latent"]:
+        """Encode images in [-1, 1]; `train` turns dropout on."""
+
         def residual(name: str, features: int, x: Array) -> Array:
             return ResidualBlock(features, self.dropout, self.dtype, name=name)(x, train)
 
@@ -163,6 +164,8 @@ class Decoder(nn.Module):
     def __call__(
         self, latents: Float[Array, "b gh gw latent"], train: bool = False
     ) -> Float[Array, "b H W c"]:
+        """Decode latents to images, not clipped; `train` turns dropout on."""
+
         def residual(name: str, features: int, x: Array) -> Array:
             return ResidualBlock(features, self.dropout, self.dtype, name=name)(x, train)
 

@@ -5,10 +5,13 @@ is its released trainer's.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+
+from maskgil_jax import masking
 
 RATE_SCHEDULES = ("constant", "cosine")
 DECAYS = ("all", "matrices")
@@ -23,7 +26,7 @@ class OptimizerConfig:
         rate_schedule: `constant` or `cosine` (to 0 at the last step) after the warm-up.
         warmup_steps: updates over which the rate rises linearly from 0.
         betas: decay rates of the two moments, in [0, 1).
-        epsilon: added to the root of the second moment.
+        epsilon: added to the root of the second moment, more than 0.
         weight_decay: decoupled decay, 0 or more.
         decay: whether `all` parameters decay, or only `matrices` (not norms and biases).
         clip_norm: global gradient norm at which gradients are scaled down; 0 switches it off.
@@ -39,19 +42,15 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        if self.rate_schedule not in RATE_SCHEDULES:
-            raise ValueError(
-                f"rate_schedule {self.rate_schedule!r} is unknown; allowed: "
-                f"{', '.join(RATE_SCHEDULES)}"
-            )
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay {self.decay!r} is unknown; allowed: {', '.join(DECAYS)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate {self.learning_rate} must be more than 0")
+        masking.check_choice("rate_schedule", self.rate_schedule, RATE_SCHEDULES)
+        masking.check_choice("decay", self.decay, DECAYS)
+        for name in ("learning_rate", "epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be more than 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be two numbers in [0, 1)")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "epsilon"):
-            if getattr(self, name) < 0:
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be 0 or more")
 
 
@@ -75,15 +74,28 @@ def make_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, rest], [config.warmup_steps])
 
 
+def find_matrices(params: Any) -> Any:
+    """Mark the parameters that multiply activations: those not named scale or bias.
+
+    The parameters may still be in flax's partitioning boxes.
+    """
+
+    def is_matrix(path, _):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return names[-1] not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, decayed: Any = None
+    config: OptimizerConfig, num_steps: int, decayed: Callable[[Any], Any] = find_matrices
 ) -> optax.GradientTransformation:
     """Return the gradient transformation of a run over `num_steps` updates.
 
     Args:
         config: settings.
         num_steps: length of the run, which a cosine rate needs.
-        decayed: function from parameters to a tree of booleans, true for matrices; needed when
+        decayed: function from parameters to a tree of booleans, true where they decay when
             `config.decay` is `matrices`.
     """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -98,10 +110,3 @@ def make_optimizer(
         )
     )
     return optax.chain(*parts)
-
-
-def find_matrices(params: Any) -> Any:
-    """Mark the parameters that multiply activations: those not named scale or bias."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("scale", "bias"), params
-    )

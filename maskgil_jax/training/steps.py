@@ -77,7 +77,7 @@ class Summed:
 
     Attributes:
         loss: summed loss, differentiated.
-        weight: what the loss is divided by after summing over all parts.
+        weight: what the loss is divided by after summing over all parts, where it is not 0.
         sums: further sums to be divided by `weight`.
         means: values that are averaged over the parts.
     """
@@ -141,10 +141,9 @@ def make_masked_loss(apply_fn: Callable[..., Any], config: MaskedLossConfig) -> 
             losses.dtype
         )
         correct = (jnp.argmax(logits, axis=-1) == targets) & mask
-        # A Bernoulli draw may mask nothing; the loss is then 0, not 0/0.
         return Summed(
             loss=jnp.sum(losses * weights),
-            weight=jnp.maximum(jnp.sum(weights), 1.0),
+            weight=jnp.sum(weights),
             sums={"loss": jnp.sum(losses * weights)},
             means={
                 "accuracy": jnp.sum(correct) / jnp.maximum(jnp.sum(mask), 1),
@@ -197,8 +196,10 @@ def accumulate(
             return jax.tree.map(jnp.add, total, part_grad(*xs)), None
 
         (grads, summed), _ = jax.lax.scan(add, zeros, (split, rngs))
-    grads = jax.tree.map(lambda g: g / summed.weight, grads)
-    metrics = {name: value / summed.weight for name, value in summed.sums.items()}
+    # A Bernoulli draw may mask nothing in the whole batch; the loss is then 0, not 0/0.
+    weight = jnp.where(summed.weight > 0, summed.weight, 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    metrics = {name: value / weight for name, value in summed.sums.items()}
     return grads, metrics | {name: value / parts for name, value in summed.means.items()}
 
 
@@ -229,10 +230,10 @@ def make_train_step(
         grads, values = accumulate(
             loss_fn, state.params, prepared, dropout_rng, accumulation_steps
         )
-        values["grad_norm"] = optax.global_norm(grads)
+        values["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        values["param_norm"] = optax.global_norm(params)
+        values["param_norm"] = optax.tree.norm(params)
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda a, p: a * ema_decay + p * (1 - ema_decay), ema, params)

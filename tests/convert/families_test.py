@@ -104,7 +104,9 @@ def test_published_sizes_are_inferred_from_shapes_alone(golden):
     assert {field: getattr(config, field) for field in wanted} == wanted
     assert config.codebook_size == 16384
     slots = plan_slots(family.rules, family.abstract_tree(config))
-    assert {key: slot.shape for key, slot in slots.items()} == {k: v.shape for k, v in state.items()}
+    assert {key: slot.shape for key, slot in slots.items()} == {
+        k: v.shape for k, v in state.items()
+    }
     for key in state:
         assert sum(rule.key_regex.fullmatch(key) is not None for rule in family.rules) == 1, key
 
@@ -155,7 +157,9 @@ def test_wrapper_prefixes_and_computed_buffers_are_removed_and_said(caplog):
     wrapped["module._orig_mod.freqs_cis"] = np.zeros((257, 16, 2), np.float32)
     with caplog.at_level("INFO", "maskgil_jax.convert"):
         config, params = import_state_dict("maskgil-released", wrapped, num_heads=2)
-    assert [name in caplog.text for name in ("'module.'", "'_orig_mod.'", "freqs_cis")] == [True] * 3
+    assert [name in caplog.text for name in ("'module.'", "'_orig_mod.'", "freqs_cis")] == [
+        True
+    ] * 3
     assert_same(export_state_dict("maskgil-released", config, params), state)
 
 
@@ -185,7 +189,9 @@ def test_an_export_refuses_parameters_and_layouts_that_do_not_fit():
     params = random_params("maskgil", config)
     params["head"]["bias"] = np.zeros(3, np.float32)
     del params["transformer"]["final_norm"]
-    with pytest.raises(ConversionError, match=r"missing transformer/final_norm/scale(.|\n)*head/bias"):
+    with pytest.raises(
+        ConversionError, match=r"missing transformer/final_norm/scale(.|\n)*head/bias"
+    ):
         export_state_dict("maskgil", config, params)
     with pytest.raises(ConversionError, match="embeddings is 'separate', the layout has 'shared'"):
         export_state_dict("maskgil-released", config, params)

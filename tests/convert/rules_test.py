@@ -92,7 +92,10 @@ def test_every_leaf_fits_exactly_one_rule_and_every_key_one_leaf():
     with pytest.raises(ValueError, match="fits 0 rules"):
         plan_slots((one, same), {"c_1": abstract(3)})
     with pytest.raises(ValueError, match="fill both"):
-        plan_slots((one, same, Rule("b.{i}", "c_{i}", "c -> c")), dict.fromkeys(("b_1", "c_1"), abstract(3)))
+        plan_slots(
+            (one, same, Rule("b.{i}", "c_{i}", "c -> c")),
+            dict.fromkeys(("b_1", "c_1"), abstract(3)),
+        )
     with pytest.raises(ValueError, match="expects axes"):
         plan_slots((one,), {"a_1": abstract(3, 3)})
     with pytest.raises(ValueError, match="axis g is 3"):

@@ -18,7 +18,7 @@ def image():
 
 
 def apply(transform, image, seed=0):
-    record = {"image": image, "label": np.int32(3)}
+    record = {"image": image, "label": np.array(3)}
     return transform(record, np.random.default_rng(seed))["image"]
 
 
@@ -96,7 +96,7 @@ def test_to_float_covers_minus_one_to_one():
 
 def test_chain_runs_in_order_and_leaves_the_record_alone(image):
     image.setflags(write=False)
-    record = {"image": image, "label": np.int32(3)}
+    record = {"image": image, "label": np.array(3)}
     chain = Chain(transforms=(CenterCrop(size=8), RandomFlip(probability=1.0), ToFloat()))
     result = chain(record, np.random.default_rng(0))
     expected = center_crop(image, 8)[:, ::-1] / np.float32(127.5) - 1

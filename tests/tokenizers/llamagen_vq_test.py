@@ -1,4 +1,6 @@
+import functools
 import json
+import math
 
 import goldens_lib
 import jax
@@ -8,6 +10,7 @@ import optax
 import pytest
 
 from maskgil_jax.convert import import_state_dict
+from maskgil_jax.tokenizers import vqgan
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, create_tokenizer
 from maskgil_jax.tokenizers.losses import TokenizerLossWeights, tokenizer_loss
 
@@ -20,13 +23,33 @@ SMALL = dict(
 )
 
 
-def init(config, side=8):
-    shape = (1, side, side, config.image_channels)
-    return jax.jit(LlamaGenVQ(config).init)(jax.random.key(0), jnp.zeros(shape))["params"]
+@pytest.fixture(scope="module")
+def params():
+    """Random weights of unit gain; Flax's own initialisation takes far longer to compile."""
+    module, rng = LlamaGenVQ(LlamaGenVQConfig(**SMALL)), np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, float(name == "scale"), np.float32)
+        fan_in = math.prod(leaf.shape[:-1]) if name == "kernel" else 1
+        return (rng.standard_normal(leaf.shape) / math.sqrt(fan_in)).astype(np.float32)
+
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return jax.tree_util.tree_map_with_path(draw, abstract["params"])
 
 
-def random_images(count=4, side=8):
-    return jax.random.uniform(jax.random.key(1), (count, side, side, 3), minval=-1, maxval=1)
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "train"))
+def encode_latents(config, params, images, train=False, seed=0):
+    rngs = {"dropout": jax.random.key(seed)}
+    return LlamaGenVQ(config).apply(
+        {"params": params}, images, train, rngs=rngs, method="encode_latents"
+    )
 
 
 @pytest.mark.parametrize("name", ["llamagen_vq_tiny", "llamagen_vq8_full", "llamagen_vq16_full"])
@@ -72,9 +95,8 @@ def test_published_sizes(multipliers, factor, millions):
     assert round(count / 1e6, 1) == millions
 
 
-def test_a_forward_pass_agrees_with_encode_and_decode():
+def test_a_forward_pass_agrees_with_encode_and_decode(params, images):
     config = LlamaGenVQConfig(**SMALL)
-    params, images = init(config), random_images()
     outputs = jax.jit(LlamaGenVQ(config).apply)({"params": params}, images)
     tokenizer = create_tokenizer(config, params)
     np.testing.assert_array_equal(outputs.tokens, tokenizer.encode(images))
@@ -82,40 +104,30 @@ def test_a_forward_pass_agrees_with_encode_and_decode():
     np.testing.assert_allclose(outputs.reconstruction, decoded, atol=1e-4)
 
 
-def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
-    params, images = init(LlamaGenVQConfig(**SMALL)), random_images()
-
-    def latents(dtype):
-        module = LlamaGenVQ(LlamaGenVQConfig(**SMALL, dtype=dtype))
-        return jax.jit(lambda x: module.apply({"params": params}, x, method="encode_latents"))(
-            images
-        )
-
-    exact, rounded = latents("float32"), latents("bfloat16")
+def test_bfloat16_stays_near_float32_and_keeps_float32_parameters(params, images):
+    config = LlamaGenVQConfig(**SMALL, dtype="bfloat16")
+    exact = encode_latents(LlamaGenVQConfig(**SMALL), params, images)
+    rounded = encode_latents(config, params, images)
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, atol=0.05 * float(jnp.abs(exact).max()))
     assert not np.array_equal(rounded, exact)
-    bfloat16 = init(LlamaGenVQConfig(**SMALL, dtype="bfloat16"))
-    assert {leaf.dtype for leaf in jax.tree.leaves(bfloat16)} == {jnp.dtype("float32")}
+    abstract = jax.eval_shape(LlamaGenVQ(config).init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_in_training_only(params, images):
     config = LlamaGenVQConfig(**SMALL, dropout=0.5)
-    module, params, images = LlamaGenVQ(config), init(config), random_images()
-
-    def latents(seed, train):
-        rngs = {"dropout": jax.random.key(seed)}
-        return module.apply({"params": params}, images, train, rngs=rngs, method="encode_latents")
-
-    np.testing.assert_array_equal(latents(0, False), latents(1, False))
-    assert not np.array_equal(latents(0, True), latents(1, True))
+    still = [encode_latents(config, params, images, train=False, seed=seed) for seed in (0, 1)]
+    np.testing.assert_array_equal(*still)
+    dropped = [encode_latents(config, params, images, train=True, seed=seed) for seed in (0, 1)]
+    assert not np.array_equal(*dropped)
+    assert not np.array_equal(dropped[0], still[0])
 
 
-def test_a_few_steps_of_training_learn():
-    config = LlamaGenVQConfig(**SMALL)
-    module, params = LlamaGenVQ(config), init(config)
-    # Flat tiles: two codes' worth of content that a codebook can hold.
-    images = jnp.repeat(jnp.repeat(jnp.sign(random_images(8, 4)), 2, axis=1), 2, axis=2)
+def test_a_few_steps_of_training_learn(params, images):
+    module = LlamaGenVQ(LlamaGenVQConfig(**SMALL))
+    # Flat tiles of one token each, eight colours in all: what 32 codes can hold.
+    images = vqgan.upsample_nearest(jnp.asarray(np.sign(images[:, ::2, ::2])))
     optimizer = optax.adam(3e-3)
     state = optimizer.init(params)
 

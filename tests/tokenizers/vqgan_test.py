@@ -34,8 +34,8 @@ def test_upsampling_repeats_every_pixel():
 def test_attention_reaches_every_position_of_its_own_image():
     block = vqgan.AttentionBlock()
     x = jax.random.normal(jax.random.key(0), (2, 3, 2, 32))
-    variables = block.init(jax.random.key(1), x)
-    reach = jax.grad(lambda x: block.apply(variables, x)[0, 0, 0].sum())(x)
+    variables = jax.jit(block.init)(jax.random.key(1), x)
+    reach = jax.jit(jax.grad(lambda x: block.apply(variables, x)[0, 0, 0].sum()))(x)
     assert (np.abs(reach[0]).max(-1) > 0).all()
     np.testing.assert_array_equal(reach[1], 0)
 
@@ -43,7 +43,7 @@ def test_attention_reaches_every_position_of_its_own_image():
 def test_attention_matches_a_float64_reference():
     block = vqgan.AttentionBlock()
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 32))
-    params = block.init(jax.random.key(1), x)["params"]
+    params = jax.jit(block.init)(jax.random.key(1), x)["params"]
     normed = vqgan.GroupNorm().apply({"params": params["norm"]}, x)
     flat = np.asarray(normed, np.float64).reshape(6, 32)
 

@@ -1,0 +1,26 @@
+"""MaskGIL-L on ImageNet 256×256, class-conditional: 342.9M parameters.
+
+Paper row: Table 2, L (24 layers, width 1024, 16 heads).
+Hardware: not tried yet. By arithmetic, 5.5 GB of state on every device (float32 parameters, Adam,
+gradient; less with --config.mesh.fsdp=N) and 218 MB of activations per image, logits not counted.
+Expected metric: not measured. The paper reports FID 4.01, IS 281.11, precision 0.84, recall
+0.51 with 8 steps and guidance 2.0. 300,000 updates of 256 images are about 60 epochs; the paper
+trains 50 to 400.
+Command: python -m maskgil_jax.train --config configs/l.py --workdir runs/l
+    --config.data.path=IMAGENET --config.tokenizer.path=DIR
+IMAGENET holds train/<wnid>/*.JPEG; DIR is LlamaGen's 16× tokenizer, imported from vq_ds16_c2i.pt by
+tools/convert_checkpoint.py.
+"""
+
+import dataclasses
+
+from maskgil_jax import config as schema
+from maskgil_jax.models.sizes import SIZES
+
+
+def get_config(preset: str = "recommended"):
+    """Return the configuration."""
+    config = schema.preset(preset)
+    size = SIZES["l"]
+    config.model.update(dataclasses.asdict(size), mlp_width=size.mlp_width)
+    return config

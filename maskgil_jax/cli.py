@@ -1,0 +1,41 @@
+"""What all command lines do alike: one line of news, one line of error."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError)
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+
+
+def start(argv: Sequence[str]) -> None:
+    """Refuse what absl left of the arguments, and silence libraries that tell of every file."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+
+
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def exit_on_user_error(function: Callable[[], Any], *errors: type[Exception]) -> None:
+    """Run a command; end it with one clear line and status 1 where the input is at fault.
+
+    Args:
+        function: what the command does.
+        *errors: error types that are the user's to mend, besides `USER_ERRORS`.
+    """
+    expected = (*USER_ERRORS, *errors)
+    try:
+        function()
+    except expected as error:
+        logging.debug("The error was raised here:", exc_info=True)  # --verbosity=1 shows it
+        sys.exit(f"error: {error}")

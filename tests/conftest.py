@@ -1,0 +1,18 @@
+"""Four fake CPU devices, shapes checked at run time, rank promotion an error."""
+
+import os
+
+import jaxtyping
+
+
+def pytest_configure(config):
+    chosen = config.getoption("markexpr")
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    # jax reads the environment when it is imported, so this comes after.
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Before the first import of the package, whose annotations the hook turns into checks.
+    jaxtyping.install_import_hook("maskgil_jax", "beartype.beartype")

@@ -1,0 +1,212 @@
+"""The sample command: what it writes, what it takes from the run, what it refuses."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+from PIL import Image
+
+from maskgil_jax import checkpoints
+from maskgil_jax.build import models as build
+from maskgil_jax.sample import parse_labels, sample
+from maskgil_jax.workdir import claim_workdir
+
+
+class NoData:
+    def get_state(self):
+        return b"{}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny.make_tokenizer_dir(tmp_path_factory.mktemp("tokenizer") / "vq")
+
+
+@pytest.fixture(scope="module")
+def config(tokenizer):
+    config = tiny.get_config()
+    config.tokenizer.path = str(tokenizer)
+    return config
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    """Random weights, the head's too, so that samples depend on everything."""
+    init = jax.jit(build.init_model(build.model_config(config)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + rng.normal(0, 0.3, x.shape).astype(np.float32),
+        nn.unbox(init(jax.random.key(0))),
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(config, params, tmp_path_factory):
+    """A run directory with one checkpoint."""
+    path = tmp_path_factory.mktemp("run")
+    with claim_workdir(path, config), contextlib.closing(checkpoints.Checkpoints(path)) as store:
+        store.save(1, {"params": jax.tree.map(jax.numpy.asarray, params)}, NoData())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(config, params, tmp_path_factory):
+    """The same weights as a converter writes them."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    fields = build.model_config(config).to_dict()
+    checkpoints.write_model_dir(path, kind="model", family="maskgil", config=fields, params=params)
+    return path
+
+
+def read_npz(path):
+    with np.load(path) as stored:
+        return stored["arr_0"], stored["labels"]
+
+
+def read_png(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_grid_arrays_and_single_pictures_show_the_same_images(run_dir, tmp_path):
+    labels = [1, 0, 1]
+    for name, batch_size in (("a/x.png", 64), ("a/x.npz", 1), ("each", 2)):
+        sample(run_dir, tmp_path / name, labels=labels, seed=3, batch_size=batch_size)
+    images, stored = read_npz(tmp_path / "a/x.npz")
+    assert (images.shape, images.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert stored.tolist() == labels
+    assert len({image.tobytes() for image in images}) == 3
+    names = sorted(os.listdir(tmp_path / "each"))
+    assert names == ["000000_label1.png", "000001_label0.png", "000002_label1.png"]
+    for name, image in zip(names, images, strict=True):
+        np.testing.assert_array_equal(read_png(tmp_path / "each" / name), image)
+    np.testing.assert_array_equal(read_png(tmp_path / "a/x.png")[2:18, 20:36], images[1])
+    assert sorted(os.listdir(tmp_path / "a")) == ["x.npz", "x.png"]
+
+
+def test_settings_are_the_runs_unless_given(run_dir, tmp_path, capsys):
+    sample(run_dir, tmp_path / "a.npz", labels=[0, 1], num_steps=None)
+    assert "2 steps, arccos increments, linear guidance 2, temp" in capsys.readouterr().out
+    sample(
+        run_dir,
+        tmp_path / "b.npz",
+        labels=[0, 1],
+        num_steps=5,
+        schedule="root",
+        schedule_form="mask_ratio",
+        guidance_scale=3.0,
+        guidance_schedule="constant",
+        temperature=0.0,
+        gumbel_temperature=0.0,
+    )
+    out = capsys.readouterr().out
+    assert "2 images of 16×16 pixels" in out
+    assert out.count("\n") == 1
+    assert "5 steps, root mask_ratio, constant guidance 3, temperature 0, Gumbel 0, seed 0" in out
+    assert (read_npz(tmp_path / "a.npz")[0] != read_npz(tmp_path / "b.npz")[0]).any()
+
+
+def test_every_class_by_default_one_row_each(run_dir, tmp_path):
+    sample(run_dir, tmp_path / "x.npz", num_per_label=3)
+    assert read_npz(tmp_path / "x.npz")[1].tolist() == [0, 0, 0, 1, 1, 1]
+    sample(run_dir, tmp_path / "x.png", num_per_label=3)
+    assert read_png(tmp_path / "x.png").shape == (2 * 18 + 2, 3 * 18 + 2, 3)
+
+
+def test_model_directory_needs_a_tokenizer_and_gives_the_runs_images(
+    run_dir, model_dir, tokenizer, tmp_path
+):
+    with pytest.raises(ValueError, match="--tokenizer"):
+        sample(model_dir, tmp_path / "x.png")
+    settings = {"labels": [0, 1, 2], "num_steps": 2}
+    sample(model_dir, tmp_path / "a.npz", tokenizer=str(tokenizer), **settings)
+    sample(run_dir, tmp_path / "b.npz", **settings)
+    np.testing.assert_array_equal(*(read_npz(tmp_path / f)[0] for f in ("a.npz", "b.npz")))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("x.png", {"schedule": "arcos"}, "Did you mean 'arccos'"),
+        ("x.png", {"schedule_form": "ratio"}, "Did you mean 'mask_ratio'"),
+        ("x.png", {"num_steps": 0}, "num_steps 0 is out of range"),
+        ("x.npz", {"num_steps": 17}, "num_steps 17 is out of range; allowed: 1 to 16"),
+        ("x", {"labels": [0, 3]}, "label 3 is out of range; allowed: 0 to 2"),
+        ("x", {"labels": [2**32]}, "label 4294967296 is out of range"),
+        ("x.png", {"temperature": -1.0}, "temperature -1.0 is out of range"),
+        ("x.jpg", {}, r"ends in \.jpg; allowed: \.png, \.npz"),
+    ],
+)
+def test_bad_settings_are_refused_and_nothing_is_written(
+    run_dir, tmp_path, name, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        sample(run_dir, tmp_path / name, **settings)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(run_dir, tokenizer, tmp_path):
+    half = checkpoints.read_model_dir(tokenizer)
+    half.params["quantizer"]["codebook"] = half.params["quantizer"]["codebook"][:16]
+    checkpoints.write_model_dir(
+        tmp_path / "half",
+        kind="tokenizer",
+        family=half.family,
+        config=half.config | {"codebook_size": 16},
+        params=half.params,
+    )
+    with pytest.raises(ValueError, match=r"model\.codebook_size 32 must be the tokenizer's 16"):
+        sample(run_dir, tmp_path / "x.png", tokenizer=str(tmp_path / "half"))
+
+
+def test_a_directory_that_holds_something_is_refused(run_dir, tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        sample(run_dir, tmp_path, labels=[0])
+    assert os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_a_missing_run_or_checkpoint_is_named(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is neither a run directory"):
+        sample(tmp_path / "nowhere", tmp_path / "x.png")
+    with claim_workdir(tmp_path / "fresh", config):
+        pass
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint yet"):
+        sample(tmp_path / "fresh", tmp_path / "x.png")
+
+
+def test_labels_are_numbers_between_commas():
+    assert parse_labels("3, 1,4") == [3, 1, 4]
+    for text in ("", "3,", "3;1", "-1", "cat", "1.5"):
+        with pytest.raises(ValueError, match="--labels"):
+            parse_labels(text)
+
+
+def run_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "maskgil_jax.sample", *arguments],
+        env=tiny.environment(),
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_command_line(run_dir, tmp_path):
+    out = tmp_path / "grid.png"
+    flags = ["--labels=1,0", "--num_steps=4", "--guidance_scale=2", "--schedule=cosine", "--seed=0"]
+    done = run_command(f"--workdir={run_dir}", f"--out={out}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{out}: 2 images")
+    assert "4 steps, cosine" in done.stdout
+    assert read_png(out).shape == (20, 2 * 18 + 2, 3)
+    failed = run_command(f"--workdir={run_dir}", f"--out={tmp_path / 'b.png'}", "--labels=1,x")
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: --labels '1,x': 'x' is no class; write numbers: 3,1,4"

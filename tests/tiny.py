@@ -1,0 +1,119 @@
+"""The smallest real run: a random tokenizer, a folder of pictures, a one-layer model.
+
+As a config file: `--config tests/tiny.py --config.data.path=… --config.tokenizer.path=…`.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def get_config(preset: str = "recommended"):
+    from maskgil_jax import config as schema
+
+    config = schema.preset(preset)
+    config.model.update(
+        num_layers=1,
+        width=32,
+        num_heads=2,
+        mlp_width=64,
+        codebook_size=32,
+        num_classes=2,
+        grid_size=(4, 4),
+        dtype="float32",
+    )
+    config.data.image_size = (16, 16)
+    config.data.num_threads = 1
+    config.training.batch_size = 8
+    config.training.num_steps = 12
+    config.training.ema_decay = 0.9
+    config.optimizer.learning_rate = 1e-3
+    config.logging.every = 2
+    config.logging.checkpoint_every = 4
+    config.logging.sample_every = 0
+    config.sampler.num_steps = 2
+    return config
+
+
+def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
+    """Write a LlamaGen-VQ with random weights: 32 codes, 4× down-sampling."""
+    import jax
+
+    from maskgil_jax import checkpoints
+    from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+
+    config = LlamaGenVQConfig(
+        codebook_size=32,
+        channels=32,
+        channel_multipliers=(1, 1, 1),
+        num_res_blocks=1,
+        latent_channels=32,
+    )
+    params = jax.jit(LlamaGenVQ(config).init)(jax.random.key(0), np.zeros((1, 16, 16, 3)))
+    checkpoints.write_model_dir(
+        path,
+        kind="tokenizer",
+        family="llamagen-vq",
+        config=config.to_dict(),
+        params=params["params"],
+    )
+    return path
+
+
+def make_image_folder(path: pathlib.Path, count: int = 10) -> pathlib.Path:
+    """Write `train/<class>/<i>.png`, two classes of `count` noisy pictures."""
+    rng = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        folder = path / "train" / label
+        folder.mkdir(parents=True)
+        for index in range(count):
+            low = 0 if label == "dark" else 128
+            pixels = rng.integers(low, low + 128, size=(20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    return path
+
+
+def make_inputs(path: pathlib.Path) -> list[str]:
+    """Write tokenizer and pictures under `path` and return the command-line flags naming them."""
+    tokenizer = make_tokenizer_dir(path / "tokenizer")
+    images = make_image_folder(path / "images")
+    return [
+        f"--config={ROOT / 'tests' / 'tiny.py'}",
+        f"--config.tokenizer.path={tokenizer}",
+        f"--config.data.path={images}",
+    ]
+
+
+def command(*arguments: str) -> list[str]:
+    """Return the command that trains, with warnings as errors in our own modules."""
+    return [sys.executable, "-m", "maskgil_jax.train", *arguments]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Return an environment with `devices` fake CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def run(*arguments: str, devices: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a training to its end."""
+    return subprocess.run(
+        command(*arguments),
+        env=environment(devices),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,52 @@
+"""Copy the weights of a training run into a model directory.
+
+    python tools/export_weights.py --workdir runs/tokenizer --dst DIR
+
+A model directory is one JSON file and one safetensors file: what the package ships, and what
+`tools/convert_checkpoint.py export` turns into PyTorch names. Of a run that averages its
+parameters, the average is taken.
+"""
+
+import argparse
+import sys
+
+from maskgil_jax import checkpoints, generator, workdir
+
+
+def export_weights(run_dir: str, dst: str) -> None:
+    """Write the newest verified weights of a run to a new model directory.
+
+    Raises:
+        FileNotFoundError: if `run_dir` is no run directory or holds no checkpoint.
+        FileExistsError: if `dst` holds something.
+    """
+    run = workdir.read_run_config(run_dir)
+    source = {"kind": run.kind, "seed": run.seed, "num_steps": run.training.num_steps}
+    if run.kind == "tokenizer":
+        tokenizer = generator.load_tokenizer(run_dir)
+        family, config, params = tokenizer.spec.family, run.vq.to_dict(), tokenizer.params
+        config |= {"channel_multipliers": list(config["channel_multipliers"])}
+        kind = "tokenizer"
+    else:
+        model = generator.load_model(run_dir)
+        family, config, params, kind = "maskgil", model.config.to_dict(), model.params, "model"
+    checkpoints.write_model_dir(
+        dst, kind=kind, family=family, config=config, params=params, source=source
+    )
+
+
+def main() -> None:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--dst", required=True, help="model directory to create")
+    arguments = parser.parse_args()
+    try:
+        export_weights(arguments.workdir, arguments.dst)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {arguments.dst}")
+
+
+if __name__ == "__main__":
+    main()
