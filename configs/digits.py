@@ -1,7 +1,8 @@
 """A small MaskGIL on real handwritten digits: the embedded default.
 
-Paper row: none (Table 2's architecture at 4 layers, width 128). Hardware: two CPU cores.
-Expected metric: see RESULTS.md.
+Paper row: none (Table 2's architecture at 4 layers and width 128, 1.1 M parameters).
+Hardware: two CPU cores.
+Expected metric: agreement 0.98, precision 0.94, recall 0.61, novelty 1.06 (RESULTS.md).
 Command: python -m maskgil_jax.train --config configs/digits.py --workdir runs/digits
 """
 
@@ -25,22 +26,24 @@ def get_config(preset: str = "recommended"):
     config.data.name = "digits"
     config.data.image_size = (32, 32)
     config.data.flip = False
-    config.data.shift_px = 1.5
-    config.data.rotation_deg = 6.0
-    config.data.scale_range = (0.95, 1.05)
     config.data.cache_tokens = True
-    config.data.cache_copies = 8
     config.data.num_threads = 1
 
-    config.training.batch_size = 128
-    config.training.num_steps = 1500
-    config.training.ema_decay = 0.995
-    config.optimizer.learning_rate = 1e-3
+    config.training.batch_size = 64
+    config.training.num_steps = 2000
+    config.training.ema_decay = 0.99
+    # Smoothing by 0.1 would make one sampled code in ten a random one; 128 codes show that.
+    config.training.label_smoothing = 0.0
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.rate_schedule = "cosine"
     config.optimizer.warmup_steps = 100
 
     config.logging.every = 100
     config.logging.sample_every = 500
     config.logging.checkpoint_every = 250
+
+    # Unguided and in nearly random order: the most varied samples that are still right.
+    config.sampler.guidance_scale = 1.0
+    config.sampler.gumbel_temperature = 50.0
     config.report.name = "digits"
     return config

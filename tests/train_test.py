@@ -44,11 +44,13 @@ def finished(inputs, tmp_path_factory):
 
 def final_state(path: pathlib.Path, step: int = 12) -> dict[str, np.ndarray]:
     """Read every tensor of a checkpoint as it lies on disk."""
+    trees = {}
     with ocp.PyTreeCheckpointer() as reader:
-        trees = {
-            name: reader.restore(path / "checkpoints" / str(step) / name)
-            for name in ("params", "ema", "progress")
-        }
+        for name in ("params", "ema", "progress"):
+            folder = path / "checkpoints" / str(step) / name
+            metadata = reader.metadata(folder).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            trees[name] = reader.restore(folder, restore_args=as_numpy)
     leaves = jax.tree_util.tree_flatten_with_path(trees)[0]
     return {jax.tree_util.keystr(key): np.asarray(value) for key, value in leaves}
 

@@ -4,6 +4,7 @@ Reference: MaskGIL section 3.1; LlamaGen `LabelEmbedder`.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +18,7 @@ class Embedding(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "*n"]) -> Float[Array, "*n e"]:
+    def __call__(self, ids: Int[Array | np.ndarray, "*n"]) -> Float[Array, "*n e"]:
         """Look up rows; ids must lie in 0…count-1."""
         table = self.param("embedding", weight_init("vocab", "embed"), (self.count, self.width))
         return jnp.asarray(table)[ids]

@@ -168,8 +168,8 @@ class MaskGIL(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "b gh gw"],
-        labels: Int[Array, " b"],
+        tokens: Int[Array | np.ndarray, "b gh gw"],
+        labels: Int[Array | np.ndarray, " b"],
         train: bool = False,
     ) -> Float[Array, "b l v"]:
         """Return float32 logits [b, gh·gw, K+1] for every image token.

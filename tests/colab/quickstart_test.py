@@ -18,10 +18,10 @@ FLAGS = {
     "model.mlp_width": 64,
     "data.cache_copies": 2,
     "training.batch_size": 16,
-    "training.num_steps": 300,
+    "training.num_steps": 160,
     "optimizer.warmup_steps": 5,
     "logging.every": 5,
-    "logging.checkpoint_every": 20,
+    "logging.checkpoint_every": 40,
     "logging.sample_every": 0,
     "report.num_samples": 50,
     "report.batch_size": 50,
@@ -57,6 +57,7 @@ def test_the_notebook_trains_resumes_and_draws(kernel, tmp_path, monkeypatch):
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     assert "*** killed ***" in text(outputs["train"])
     resumed = re.search(r"resumed from step (\d+)", text(outputs["resume"]))
+    assert resumed, text(outputs["resume"])
     assert 0 < int(resumed[1]) < FLAGS["training.num_steps"]
     report = json.loads(text(outputs["resume"]).splitlines()[-1])
     assert report["steps"] == FLAGS["training.num_steps"]

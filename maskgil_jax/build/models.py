@@ -1,0 +1,149 @@
+"""From a validated configuration to models, tokenizers and samplers."""
+
+import importlib.resources
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.tokenizers import llamagen_vq
+from maskgil_jax.tokenizers.base import Tokenizer, TokenizerSpec
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
+
+TOKENIZER_FAMILIES = ("llamagen-vq",)
+ASSET = "asset:"
+
+
+def model_config(config: ConfigDict) -> MaskGILConfig:
+    """Return the model section, validated."""
+    return MaskGILConfig(**config.model.to_dict())
+
+
+def sampler_config(config: ConfigDict, **changes: Any) -> SamplerConfig:
+    """Return the sampler section, validated, with `changes` applied; `None` means no change.
+
+    Raises:
+        ValueError: if a value is not allowed, or there are more steps than tokens.
+    """
+    fields = config.sampler.to_dict() | {k: v for k, v in changes.items() if v is not None}
+    sampler = SamplerConfig(**fields)
+    gh, gw = config.model.grid_size
+    if sampler.num_steps > gh * gw:
+        raise ValueError(
+            f"sampler.num_steps {sampler.num_steps} is out of range; allowed: 1 to {gh * gw}, the "
+            f"number of tokens of a {gh}×{gw} grid"
+        )
+    return sampler
+
+
+def tokenizer_config(config: ConfigDict) -> LlamaGenVQConfig:
+    """Return the tokenizer architecture section, validated."""
+    return LlamaGenVQConfig(**config.vq.to_dict())
+
+
+def create_tokenizer(family: str, fields: dict[str, Any], params: Any) -> Tokenizer:
+    """Bind the parameters of a tokenizer of the named family.
+
+    Raises:
+        ValueError: if the family or a field is unknown.
+    """
+    if family not in TOKENIZER_FAMILIES:
+        raise ValueError(
+            f"tokenizer family {family!r} is unknown; allowed: {', '.join(TOKENIZER_FAMILIES)}"
+        )
+    return llamagen_vq.create_tokenizer(LlamaGenVQConfig.from_dict(fields), params)
+
+
+def resolve_path(path: str) -> pathlib.Path:
+    """Return the directory that a configured path names; `asset:NAME` is inside the package.
+
+    Raises:
+        ValueError: if the path is empty or there is no such asset.
+    """
+    if not path:
+        raise ValueError("tokenizer.path is empty; give a model directory or a run directory")
+    if not path.startswith(ASSET):
+        return pathlib.Path(path)
+    assets = pathlib.Path(str(importlib.resources.files("maskgil_jax.assets")))
+    names = sorted(p.name for p in assets.iterdir() if (p / "config.json").is_file())
+    name = path.removeprefix(ASSET)
+    if name not in names:
+        raise ValueError(f"asset {name!r} is unknown; allowed: {', '.join(names) or 'none'}")
+    return assets / name
+
+
+def check_fit(config: ConfigDict, spec: TokenizerSpec, num_classes: int | None) -> None:
+    """Raise a `ValueError` that lists all that does not fit between model, tokenizer and data.
+
+    Args:
+        config: the configuration.
+        spec: the tokenizer's.
+        num_classes: of the dataset; not checked if `None`.
+    """
+    size, factor = tuple(config.data.image_size), spec.downsample_factor
+    problems = []
+    if any(side % factor for side in size):
+        problems.append(f"data.image_size {size} is not divisible by the tokenizer's {factor}")
+    grid = tuple(side // factor for side in size)
+    if tuple(config.model.grid_size) != grid:
+        problems.append(
+            f"model.grid_size {tuple(config.model.grid_size)} must be {grid}: images of "
+            f"{size[0]}×{size[1]} pixels, {factor}× down-sampled by the tokenizer"
+        )
+    if config.model.codebook_size != spec.codebook_size:
+        problems.append(
+            f"model.codebook_size {config.model.codebook_size} must be the tokenizer's "
+            f"{spec.codebook_size}"
+        )
+    if num_classes is not None and config.model.num_classes != num_classes:
+        problems.append(
+            f"model.num_classes {config.model.num_classes} must be the dataset's {num_classes}"
+        )
+    if problems:
+        raise ValueError("model, tokenizer and data do not fit: " + "; ".join(problems))
+
+
+def training_apply(config: MaskGILConfig) -> Callable[..., Any]:
+    """Return `(params, tokens, labels, dropout_rng) → (logits, output_norm)` with dropout on."""
+    module = MaskGIL(config)
+
+    def apply(params, tokens, labels, dropout_rng):
+        logits, variables = module.apply(
+            {"params": params},
+            tokens,
+            labels,
+            train=True,
+            rngs={"dropout": dropout_rng},
+            mutable=["intermediates"],
+        )
+        return logits, variables["intermediates"]["transformer"]["output_norm"][0]
+
+    return apply
+
+
+def logits_fn(config: MaskGILConfig, grid_size: tuple[int, int] | None = None):
+    """Return `(params, tokens [b, l], labels) → logits [b, l, v]`, what the decoder calls."""
+    module = MaskGIL(config)
+    gh, gw = grid_size or config.grid_size
+
+    def apply(params, tokens, labels):
+        return module.apply({"params": params}, tokens.reshape(-1, gh, gw), labels)
+
+    return apply
+
+
+def init_model(config: MaskGILConfig) -> Callable[[Any], Any]:
+    """Return `rng → params`, boxed with their logical axis names."""
+    gh, gw = config.grid_size
+
+    def init(rng):
+        tokens, labels = jnp.zeros((1, gh, gw), jnp.int32), jnp.zeros((1,), jnp.int32)
+        return MaskGIL(config).init(rng, tokens, labels)["params"]
+
+    return init
+
+

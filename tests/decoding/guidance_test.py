@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskgil_jax.decoding import guidance
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 13])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
+def test_scales_follow_their_formulas(num_steps, scale):
+    i, last = np.arange(num_steps, dtype=np.float64), num_steps - 1
+    ramp = i / last if last else np.ones(1)
+    for schedule, power, expected in [
+        ("constant", 1.0, np.full(num_steps, scale)),
+        ("linear", 1.0, 1 + (scale - 1) * ramp),
+        ("power_cosine", 1.0, 1 + (scale - 1) * (1 - np.cos(np.pi * (i + 1) / num_steps)) / 2),
+        (
+            "power_cosine",
+            2.5,
+            1 + (scale - 1) * (1 - np.cos(np.pi * ((i + 1) / num_steps) ** 2.5)) / 2,
+        ),
+    ]:
+        scales = guidance.guidance_scales(schedule, scale, num_steps, power)
+        assert scales.dtype == np.float32
+        np.testing.assert_allclose(scales, expected, atol=1e-6)
+        assert scales[-1] == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("liner", 2.0, 8), "'liner' is unknown; .*Did you mean 'linear'"),
+        (("linear", -0.5, 8), "guidance_scale -0.5 is out of range; allowed: 0 or more"),
+        (("linear", float("nan"), 8), "guidance_scale nan"),
+        (("power_cosine", 2.0, 8, 0.0), "guidance_power 0.0 is out of range"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        guidance.guidance_scales(*arguments)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 4.0])
+def test_guided_logits_are_extrapolated_from_the_unconditional_ones(scale):
+    table = np.random.default_rng(0).standard_normal((4, 3, 5))
+    tokens, condition = jnp.zeros((2, 3), jnp.int32), {"label": jnp.array([0, 2])}
+    null = {"label": jnp.array([3, 3])}
+
+    def logits_fn(tokens, condition):
+        return jnp.asarray(table, jnp.float32)[condition["label"]]
+
+    guide = jax.jit(lambda s: guidance.guide(logits_fn, tokens, condition, null, s))
+    cond, uncond = table[[0, 2]], table[[3, 3]]
+    np.testing.assert_allclose(
+        guide(jnp.float32(scale)), uncond + scale * (cond - uncond), atol=1e-5
+    )

@@ -1,0 +1,102 @@
+"""Our side of the benchmarks: configurations, arithmetic, and the calls that are timed."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maskgil_jax import config as schema
+from maskgil_jax import sharding
+from maskgil_jax.build import models as build_models
+from maskgil_jax.build import training as build
+from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.models.sizes import SIZES
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+TRIAL_SIZE = "tiny"
+ALL_SIZES = (*SIZES, TRIAL_SIZE)
+
+
+def make_config(size: str, batch_size: int, dtype: str) -> ConfigDict:
+    """Return what `configs/SIZE.py` trains, with another batch size and type.
+
+    Args:
+        size: one of `ALL_SIZES`; `tiny` tries the tool out in seconds and measures nothing true.
+        batch_size: images per update.
+        dtype: type of the computation.
+    """
+    if size == TRIAL_SIZE:
+        config = schema.preset()
+        config.model.update(num_layers=2, width=64, num_heads=2, mlp_width=128)
+        config.model.update(codebook_size=100, num_classes=10, grid_size=(4, 4))
+    else:
+        spec = importlib.util.spec_from_file_location(f"configs_{size}", CONFIGS / f"{size}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    config.model.dtype = dtype
+    config.training.batch_size = batch_size
+    return config
+
+
+def forward_flops(config: MaskGILConfig) -> int:
+    """Return the operations of one image's forward pass, 2 per multiply-add.
+
+    Matmuls only, over the image tokens and the class token; the head over the image tokens.
+    """
+    e, length = config.width, config.seq_len + 1
+    layer = length * (4 * e**2 + 3 * e * config.mlp_width) + 2 * length**2 * e
+    head = config.seq_len * e * (config.codebook_size + 1)
+    return 2 * (config.num_layers * layer + head)
+
+
+def training_flops(config: MaskGILConfig) -> int:
+    """Return the operations of one image in a training step; recomputation earns no credit."""
+    return 3 * forward_flops(config)
+
+
+def draw_batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Return random tokens int32 [b, gh, gw] and labels int32 [b]."""
+    rng, b = np.random.default_rng(0), config.training.batch_size
+    shape = (b, *config.model.grid_size)
+    return {
+        "tokens": rng.integers(config.model.codebook_size, size=shape, dtype=np.int32),
+        "label": rng.integers(config.model.num_classes, size=b, dtype=np.int32),
+    }
+
+
+def make_task(config: ConfigDict) -> build.Task:
+    """Return the training task on one device."""
+    return build.make_maskgil_task(config, sharding.make_mesh({}, jax.devices()[:1]))
+
+
+class Ours:
+    """Our model in training, as `maskgil_jax.train` runs it, on one device and one batch."""
+
+    def __init__(self, config: ConfigDict):
+        task = make_task(config)
+        self._step, self._state, self._metrics = task.step, task.init(), task.empty_metrics()
+        self._batch = jax.device_put(draw_batch(config), jax.devices()[0])
+        module = MaskGIL(build_models.model_config(config))
+        self._forward = jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))
+
+    def forward(self) -> None:
+        """Compute the logits of the batch."""
+        inputs = self._batch["tokens"], self._batch["label"]
+        self._forward(self._state.params, *inputs).block_until_ready()
+
+    def train(self) -> None:
+        """Update the state once."""
+        self._state, self._metrics = self._step(self._state, self._metrics, self._batch)
+        jax.block_until_ready((self._state, self._metrics))
+
+
+def compile_step(config: ConfigDict) -> None:
+    """Trace, lower and compile the training step from nothing."""
+    jax.clear_caches()
+    task = make_task(config)
+    batch = jax.eval_shape(lambda: draw_batch(config))
+    metrics = jax.eval_shape(task.empty_metrics)
+    task.step.lower(task.abstract, metrics, batch).compile()

@@ -1,0 +1,270 @@
+"""The rows of the benchmark table: what each compares, at which batch and type, and its goals."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from benchmarks import ours
+from benchmarks.timing import MAX_DRIFT, Effort, Times, measure
+
+from maskgil_jax.build import models as build_models
+from maskgil_jax.build import training as build
+
+CPU, GPU = "cpu", "gpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One ratio.
+
+    Attributes:
+        row: key of the row in the table.
+        name: what is divided by what.
+        ratio: median over the blocks.
+        goal: what the ratio should reach; `None` where none is set for this size and device.
+        better: `higher` or `lower`.
+        spread: (largest - smallest) / median of the blocks' ratios.
+        times: the measurement behind it.
+        figures: raw figures, each name ending in its unit.
+    """
+
+    row: str
+    name: str
+    ratio: float
+    goal: float | None
+    better: str = "higher"
+    spread: float
+    times: Times
+    figures: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of the JSON line."""
+        met = None
+        if self.goal is not None:
+            met = self.ratio >= self.goal if self.better == "higher" else self.ratio <= self.goal
+        return {
+            "row": self.row,
+            "name": self.name,
+            "ratio": round(self.ratio, 3),
+            "goal": self.goal,
+            "better": self.better,
+            "met": met,
+            "spread": round(self.spread, 3),
+            "void": self.times.drift > MAX_DRIFT,
+            "hardware": describe_hardware(),
+            "versions": describe_versions(),
+            "ceiling_gflops": _gflops(np.median(self.times.ceilings)),
+            "ceiling_drift": round(self.times.drift, 4),
+            **self.figures,
+        }
+
+
+def summarise(ratios: np.ndarray) -> dict[str, float]:
+    """Return median and spread of the blocks' ratios."""
+    median = float(np.median(ratios))
+    return {"ratio": median, "spread": float(np.ptp(ratios)) / median}
+
+
+def describe_hardware() -> str:
+    """Return the name of the device and, for a CPU, how many cores this process may use."""
+    if jax.default_backend() != CPU:
+        return f"one {jax.devices()[0].device_kind}"
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(models or [platform.processor()])[0]}, {len(os.sched_getaffinity(0))} cores"
+
+
+def describe_versions() -> str:
+    """Return the versions of the libraries that do the work."""
+    names = ["jax", "flax"] + (["torch"] if importlib.util.find_spec("torch") else [])
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def _gflops(flops_per_second: float) -> float:
+    return round(float(flops_per_second) / 1e9, 1)
+
+
+def _seconds(times: Times, name: str) -> float:
+    return round(float(np.median(times.seconds[name])), 4)
+
+
+def training_rate(
+    row: str, size: str, effort: Effort, *, batch_size: int, dtype: str, goals: Mapping[str, float]
+) -> Iterator[Result]:
+    """Measure the training step's achieved FLOP/s over the rate of a plain matmul."""
+    config = ours.make_config(size, batch_size, dtype)
+    times = measure({"step": ours.Ours(config).train}, dtype, effort)
+    flops = batch_size * ours.training_flops(build_models.model_config(config))
+    rates = flops / times.seconds["step"]
+    yield Result(
+        row=row,
+        name=f"training FLOP/s ÷ matmul ceiling, {size.upper()}",
+        **summarise(rates / times.ceilings),
+        goal=goals.get(size),
+        times=times,
+        figures={
+            "batch": batch_size,
+            "dtype": dtype,
+            "step_seconds": _seconds(times, "step"),
+            "step_gflops": _gflops(np.median(rates)),
+            "images_per_second": round(batch_size / float(np.median(times.seconds["step"])), 2),
+        },
+    )
+
+
+def against_torch(
+    row: str,
+    size: str,
+    effort: Effort,
+    *,
+    batch_size: int,
+    dtype: str,
+    compiled: bool,
+    goals: Mapping[str, float],
+) -> Iterator[Result]:
+    """Measure how many times as fast as PyTorch we are.
+
+    Args:
+        goals: `forward` and `train`, whichever are measured.
+    """
+    # PyTorch is an extra, and loading it takes seconds.
+    from benchmarks.torch_peer import TorchSide
+
+    config = ours.make_config(size, batch_size, dtype)
+    model = build_models.model_config(config)
+    us = ours.Ours(config)
+    peer = TorchSide(
+        model,
+        build.optimizer_config(config),
+        smoothing=config.training.label_smoothing,
+        condition_dropout=config.training.condition_dropout,
+        batch=ours.draw_batch(config),
+        device="cpu" if jax.default_backend() == CPU else "cuda",
+        compiled=compiled,
+    )
+    flops = {"forward": ours.forward_flops(model), "train": ours.training_flops(model)}
+    words = {"forward": "forward", "train": "training step"}
+    baseline = f"PyTorch {'compiled' if compiled else 'eager'} {dtype}"
+    for part, goal in goals.items():
+        contenders = {"ours": getattr(us, part), "torch": getattr(peer, part)}
+        times = measure(contenders, dtype, effort)
+        work = batch_size * flops[part]
+        yield Result(
+            row=row,
+            name=f"{words[part]}, speed ÷ {baseline}, {size.upper()}",
+            **summarise(times.seconds["torch"] / times.seconds["ours"]),
+            goal=goal,
+            times=times,
+            figures={
+                "batch": batch_size,
+                "dtype": dtype,
+                **{f"{side}_seconds": _seconds(times, side) for side in contenders},
+                **{
+                    f"{side}_gflops": _gflops(work / np.median(times.seconds[side]))
+                    for side in contenders
+                },
+            },
+        )
+
+
+def compile_time(
+    row: str, size: str, effort: Effort, *, layers: tuple[int, int], goal: float
+) -> Iterator[Result]:
+    """Measure how the time to compile a training step grows with depth; no cache is used."""
+    config = ours.make_config(size, 8, "float32")
+
+    def compile_layers(num_layers: int) -> None:
+        with config.unlocked():
+            config.model.num_layers = num_layers
+        ours.compile_step(config)
+
+    few, many = layers
+    contenders = {str(n): functools.partial(compile_layers, n) for n in layers}
+    times = measure(contenders, "float32", effort)
+    yield Result(
+        row=row,
+        name=f"compile time, {many} ÷ {few} layers of width {config.model.width}",
+        **summarise(times.seconds[str(many)] / times.seconds[str(few)]),
+        goal=goal,
+        better="lower",
+        times=times,
+        figures={f"seconds_{n}_layers": _seconds(times, str(n)) for n in layers},
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table, measured by `run(row, size, effort)`."""
+
+    run: Callable[[str, str, Effort], Iterator[Result]]
+    summary: str
+    backend: str | None = None
+    needs_torch: bool = False
+
+
+ROWS = {
+    "1": Row(
+        run=functools.partial(
+            training_rate,
+            batch_size=256,
+            dtype="bfloat16",
+            goals={"b": 0.45, "l": 0.52, "xl": 0.57, "xxl": 0.57},
+        ),
+        summary="training FLOP/s ÷ matmul ceiling, bfloat16, batch 256",
+        backend=GPU,
+    ),
+    "1c": Row(
+        run=functools.partial(training_rate, batch_size=8, dtype="float32", goals={"b": 0.60}),
+        summary="training FLOP/s ÷ matmul ceiling, float32, batch 8",
+    ),
+    "2": Row(
+        run=functools.partial(
+            against_torch, batch_size=256, dtype="bfloat16", compiled=True, goals={"train": 1.05}
+        ),
+        summary="training speed ÷ PyTorch bfloat16 torch.compile, batch 256",
+        backend=GPU,
+        needs_torch=True,
+    ),
+    "7": Row(
+        run=functools.partial(
+            against_torch,
+            batch_size=8,
+            dtype="float32",
+            compiled=False,
+            goals={"forward": 1.7, "train": 1.3},
+        ),
+        summary="forward and training speed ÷ PyTorch eager float32, batch 8",
+        needs_torch=True,
+    ),
+    "12": Row(
+        run=functools.partial(compile_time, layers=(12, 48), goal=1.5),
+        summary="compile time at 48 ÷ 12 layers",
+    ),
+}
+
+
+def check_rows(names: list[str]) -> None:
+    """Raise a `ValueError` unless every row exists and can be measured on this machine."""
+    if unknown := [name for name in names if name not in ROWS]:
+        raise ValueError(f"rows {', '.join(unknown)} are unknown; allowed: {', '.join(ROWS)}")
+    backend = jax.default_backend()
+    fit = [name for name, row in ROWS.items() if row.backend in (None, backend)]
+    if wrong := [name for name in names if name not in fit]:
+        raise ValueError(
+            f"rows {', '.join(wrong)} need a GPU, and this machine's devices are {backend}; "
+            f"allowed here: {', '.join(fit)}"
+        )
+    if importlib.util.find_spec("torch") is None:
+        if missing := [name for name in names if ROWS[name].needs_torch]:
+            raise ValueError(
+                f"rows {', '.join(missing)} need PyTorch; pip install 'maskgil_jax[torch]'"
+            )
