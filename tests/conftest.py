@@ -1,4 +1,4 @@
-"""Four fake CPU devices, shapes checked at run time, rank promotion an error."""
+"""Four fake CPU devices, shapes and types checked at run time, rank promotion an error."""
 
 import os
 
@@ -9,8 +9,9 @@ def pytest_configure(config):
     chosen = config.getoption("markexpr")
     if "gpu" not in chosen or "not gpu" in chosen:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    # jax reads the environment when it is imported, so this comes after.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
+    # jax reads the environment when it is first used, so it is imported here.
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -77,25 +77,26 @@ def test_a_run_leaves_a_picture_curves_and_a_json_line(finished):
 def test_killed_runs_end_with_the_same_bits(inputs, finished, tmp_path):
     path, resumed = tmp_path / "run", []
     arguments = [*inputs[1], f"--workdir={path}", "--config.logging.every=1"]
-    for stop in ("step 5/", "step 10/"):
-        process = subprocess.Popen(
+    for stop in ("step 9/", "step 11/"):
+        with subprocess.Popen(
             tiny.command(*arguments),
             env=tiny.environment(),
             cwd=tiny.ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-        )
-        for line in process.stdout:
-            resumed += re.findall(r"resumed from step (\d+)", line)
-            if line.startswith(stop):
-                process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        ) as process:
+            for line in process.stdout:
+                resumed += re.findall(r"resumed from step (\d+)", line)
+                if line.startswith(stop):
+                    process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
     result = tiny.run(*arguments)
     assert result.returncode == 0, result.stderr
     resumed += re.findall(r"resumed from step (\d+)", result.stdout)
-    # The save of step 8 may have been cut short by the kill at step 10.
-    assert resumed in (["4", "8"], ["4", "4"])
+    # Saving step 8 has waited for step 4 to be on disk; its own save the kill may have cut short.
+    assert len(resumed) == 2
+    assert set(resumed) <= {"4", "8"}
     expected, actual = final_state(finished[0]), final_state(path)
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
@@ -125,7 +126,7 @@ def test_two_processes_compute_what_one_does(inputs, finished, tmp_path):
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[1][0] == ""
+    assert "step" not in outputs[1][0]
     one, two = losses(finished[1]), losses(outputs[0][0])
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-3)

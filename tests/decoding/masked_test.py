@@ -34,23 +34,19 @@ def start_tokens(*unknown):
     return jnp.asarray(tokens)
 
 
+@functools.partial(jax.jit, static_argnames=("logits_fn", "sampler", "null"))
+def run(tokens, labels, rngs, *, logits_fn, sampler, null):
+    nothing = jnp.full_like(labels, NULL) if null else None
+    options = dict(mask_token_id=MASK, return_trace=True)
+    return masked.decode(logits_fn, tokens, labels, nothing, rngs, sampler, **options)
+
+
 def decode(tokens, sampler, *, logits_fn=toy_logits, seed=0, null=True, first=0):
     """Tokens and trace, each as NumPy, of images `first`, `first` + 1, …, with labels to match."""
     indices = np.arange(first, first + len(tokens))
-    labels = jnp.asarray(indices % NULL)
-    result, trace = jax.jit(
-        lambda tokens, rngs: masked.decode(
-            logits_fn,
-            tokens,
-            labels,
-            jnp.full_like(labels, NULL) if null else None,
-            rngs,
-            sampler,
-            mask_token_id=MASK,
-            return_trace=True,
-        )
-    )(tokens, masked.image_keys(seed, indices))
-    return np.asarray(result), jax.tree.map(np.asarray, trace)
+    rngs = masked.image_keys(seed, indices)
+    result = run(tokens, indices % NULL, rngs, logits_fn=logits_fn, sampler=sampler, null=null)
+    return jax.tree.map(np.asarray, result)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, LENGTH])
