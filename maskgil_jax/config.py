@@ -5,6 +5,7 @@ result is locked: an unknown field is an error that names the nearest one. `buil
 frozen dataclasses; nothing below `build/` sees a `ConfigDict`.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -190,7 +191,9 @@ def preset(name: str = "recommended") -> ConfigDict:
         ValueError: if there is no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; allowed: {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"preset {name!r} is unknown; allowed: {', '.join(PRESETS)}{hint}")
     config = default()
     config.preset = name
     config.update_from_flattened_dict(PRESETS[name])

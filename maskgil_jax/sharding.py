@@ -112,7 +112,10 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
         shape = leaf.value.shape
         return NamedSharding(mesh, PartitionSpec(*_divisible(axes, shape, mesh)))
 
-    return jax.tree.map(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    def is_box(leaf):
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
+    return jax.tree.map(sharding, abstract, is_leaf=is_box)
 
 
 def _divisible(axes, shape, mesh):

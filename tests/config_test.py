@@ -70,7 +70,7 @@ def test_training_defaults_are_the_papers():
 
 
 def test_unknown_presets_and_fields_name_the_nearest():
-    with pytest.raises(ValueError, match="'papr'.*[Dd]id you mean 'paper'"):
+    with pytest.raises(ValueError, match=r"'papr'.*[Dd]id you mean 'paper'"):
         schema.preset("papr")
     config = schema.preset()
     with pytest.raises(AttributeError, match='Did you mean "num_layers"'):

@@ -142,11 +142,11 @@ def test_masks_follow_their_key(draw):
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="'arcos' is unknown.*Did you mean 'arccos'"):
+    with pytest.raises(ValueError, match=r"'arcos' is unknown.*Did you mean 'arccos'"):
         masking.reveal_table("arcos", 8, 64)
-    with pytest.raises(ValueError, match="'maskratio' is unknown.*Did you mean 'mask_ratio'"):
+    with pytest.raises(ValueError, match=r"'maskratio' is unknown.*Did you mean 'mask_ratio'"):
         masking.reveal_table("arccos", 8, 64, "maskratio")
-    with pytest.raises(ValueError, match="'exakt' is unknown.*Did you mean 'exact'"):
+    with pytest.raises(ValueError, match=r"'exakt' is unknown.*Did you mean 'exact'"):
         masking.draw_mask(jax.random.key(0), 1, 4, draw="exakt")
     with pytest.raises(ValueError, match=r"'zzz' is unknown; allowed: root, .*, arccos\.$"):
         masking.mask_rate("zzz", 0.5)

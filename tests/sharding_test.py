@@ -48,17 +48,19 @@ def tiny_run(**model):
 
 
 def batches(count):
+    """Batches with something to learn: nine codes, depending on the label."""
     rng = np.random.default_rng(0)
     for _ in range(count):
-        tokens = rng.integers(0, 63, (8, 4, 4)).astype(np.int32)
-        yield {"tokens": tokens, "label": rng.integers(0, 7, 8).astype(np.int32)}
+        labels = rng.integers(0, 7, 8)
+        tokens = 7 * labels[:, None, None] + rng.integers(0, 9, (8, 4, 4))
+        yield {"tokens": tokens.astype(np.int32), "label": labels.astype(np.int32)}
 
 
 @functools.cache
 def train(mesh_name, **model):
     """Metrics of four steps, and the state after them."""
     mesh = make_mesh(mesh_name)
-    with mesh:
+    with jax.set_mesh(mesh):
         task = build.make_maskgil_task(tiny_run(**model), mesh)
         state, history = task.init(), []
         for batch in batches(4):
@@ -72,13 +74,22 @@ def train(mesh_name, **model):
 def test_four_devices_train_as_one_does(mesh_name):
     expected, single = train("one")
     actual, state = train(mesh_name)
-    losses = [step["loss"] for step in expected]
-    assert losses[3] < losses[0] - 0.01
+    assert expected[3]["loss"] < expected[0]["loss"] - 0.01
     for a, b in zip(actual, expected, strict=True):
         for name in ("loss", "accuracy", "grad_norm", "param_norm", "output_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
     for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(single.ema), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_activations_are_constrained_to_the_mesh():
+    mesh = make_mesh("all")
+    with jax.set_mesh(mesh):
+        task = build.make_maskgil_task(tiny_run(), mesh)
+        batch = sharding.put_batch(next(batches(1)), mesh)
+        program = task.step.lower(task.abstract, task.empty_metrics(), batch).as_text()
+    constraints = [line for line in program.splitlines() if "sdy.sharding_constraint" in line]
+    assert any("tensor<8x17x32xf32>" in line and "fsdp" in line for line in constraints)
 
 
 @pytest.mark.parametrize(("mesh_name", "share"), [("fsdp", 4), ("tensor", 4), ("all", 4)])
@@ -97,9 +108,7 @@ def test_logical_axes_lie_where_the_rules_say():
     boxed = jax.eval_shape(build_models.init_model(config), jax.random.key(0))
     specs = jax.tree.map(lambda s: s.spec, sharding.state_shardings(boxed, mesh))
     layers = specs["transformer"]["layers"]
-    assert layers["attention"]["qkv"]["kernel"] == PartitionSpec(
-        None, "fsdp", None, "tensor", None
-    )
+    assert layers["attention"]["qkv"]["kernel"] == PartitionSpec(None, "fsdp", None, "tensor", None)
     assert layers["attention"]["out"]["kernel"] == PartitionSpec(None, "tensor", None, "fsdp")
     assert layers["mlp"]["gate_up"]["kernel"] == PartitionSpec(None, "fsdp", None, "tensor")
     assert layers["mlp"]["down"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
@@ -111,7 +120,9 @@ def test_logical_axes_lie_where_the_rules_say():
 def test_what_does_not_divide_is_replicated():
     mesh = make_mesh("all")
     boxed = {
-        "odd": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((65, 32), jnp.float32), ("vocab", "embed")),
+        "odd": nn.LogicallyPartitioned(
+            jax.ShapeDtypeStruct((65, 32), jnp.float32), ("vocab", "embed")
+        ),
         "bare": jax.ShapeDtypeStruct((8,), jnp.float32),
     }
     found = sharding.state_shardings(boxed, mesh)
@@ -143,7 +154,10 @@ def test_one_axis_of_the_mesh_takes_the_devices_that_are_left():
         ({"data": -1, "tensor": 8}, "but there are 4"),
         ({"data": -1, "fsdp": -1}, "at most one may be -1"),
         ({"data": 0}, "sizes must be at least 1"),
-        ({"data": 4, "model": 1}, r"mesh axes \['model'\] are unknown; allowed: data, fsdp, tensor"),
+        (
+            {"data": 4, "model": 1},
+            r"mesh axes \['model'\] are unknown; allowed: data, fsdp, tensor",
+        ),
     ],
 )
 def test_meshes_that_do_not_fit_the_devices_are_refused(shape, message):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 def _invert(weights: Float[Array, "*n k"], u: Float[Array, "*n"]) -> Int[Array, "*n"]:
     """Return the first index whose cumulative weight exceeds `u` times the total."""
     cumulative = jnp.cumsum(weights, axis=-1)
-    # A parallel sum may grow by a rounding error where a weight is zero; such an index is no choice.
+    # A parallel sum may grow by a rounding error where a weight is zero; that is no choice.
     possible = weights > 0
     beyond = (cumulative > (u * cumulative[..., -1])[..., None]) & possible
     # Rounding may leave nothing beyond; the largest sum is then where the last weight was added.
@@ -62,7 +62,7 @@ def log_probability(
     peak: Float[Array, "b l 1"],
     total: Float[Array, "b l"],
 ) -> Float[Array, "b l"]:
-    """Return log softmax(logits) at `codes`, given the maximum and the sum of exp(logits - peak)."""
+    """Return log softmax(logits) at `codes`, given maximum and sum of exp(logits - peak)."""
     at_code = jnp.take_along_axis(logits, codes[..., None], axis=-1)
     return (at_code - peak)[..., 0] - jnp.log(total)
 

@@ -17,9 +17,7 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 LogitsFn = Callable[[Int[Array, "b l"], Any], Float[Array, "b l v"]]
 
 
-def guidance_scales(
-    schedule: str, scale: float, num_steps: int, power: float = 1.0
-) -> np.ndarray:
+def guidance_scales(schedule: str, scale: float, num_steps: int, power: float = 1.0) -> np.ndarray:
     """Return the guidance scale of every step, float32 [num_steps].
 
     constant: s. linear: 1 + (s - 1)·i/(T-1). power_cosine: 1 + (s - 1)·(1 - cos(pi·((i+1)/T)^p))/2.

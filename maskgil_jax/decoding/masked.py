@@ -67,9 +67,7 @@ class SamplerConfig:
 
     def reveal_counts(self, unknown: Int[Array, " b"], seq_len: int) -> Int[Array, "b t"]:
         """Return how many tokens each step reveals, given the numbers unknown at the start."""
-        table = masking.reveal_table(
-            self.schedule, self.num_steps, seq_len, self.schedule_form
-        )
+        table = masking.reveal_table(self.schedule, self.num_steps, seq_len, self.schedule_form)
         if self.rescale:
             return jnp.asarray(table)[unknown]
         revealed = jnp.minimum(np.cumsum(table[seq_len])[None], unknown[:, None])

@@ -18,12 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
 from maskgil_jax.models.conditioning import Embedding
-from maskgil_jax.models.transformer import (
-    Transformer,
-    TransformerConfig,
-    check_choices,
-    weight_init,
-)
+from maskgil_jax.models.transformer import Transformer, TransformerConfig, check_choices
 
 _CHOICES = {
     "condition": ("first", "last"),
@@ -79,7 +74,7 @@ class MaskGILConfig(TransformerConfig):
                 f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"
             )
         if self.cond_rope == "table" and self.rope != "1d":
-            raise ValueError("cond_rope 'table' needs rope '1d'; use 'identity' or 'zero' with '2d'")
+            raise ValueError("cond_rope 'table' needs rope '1d'; with '2d': 'identity' or 'zero'")
         if self.rope == "2d" and self.head_dim % 4:
             raise ValueError(
                 f"rope '2d' needs a head dimension divisible by 4, not {self.head_dim}"
@@ -138,7 +133,8 @@ class MaskGILConfig(TransformerConfig):
             image = rope_lib.rope_2d((gh, gw), self.head_dim, self.rope_base)
         else:
             image = rope_lib.rope_1d(gh * gw, self.head_dim, self.rope_base)
-        return np.concatenate([condition, image] if self.condition == "first" else [image, condition])
+        parts = [condition, image]
+        return np.concatenate(parts if self.condition == "first" else parts[::-1])
 
 
 class Head(nn.Module):

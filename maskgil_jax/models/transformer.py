@@ -96,7 +96,9 @@ def weight_init(*axes: str | None, stddev: float = 0.02):
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
 
 
-def make_norm(kind: str, config: TransformerConfig, name: str, axis: str | None = None) -> nn.Module:
+def make_norm(
+    kind: str, config: TransformerConfig, name: str, axis: str | None = None
+) -> nn.Module:
     """Return a norm with a scale and no bias, computed in float32."""
     cls = nn.RMSNorm if kind == "rms" else nn.LayerNorm
     options: dict[str, Any] = {} if kind == "rms" else {"use_bias": False}

@@ -227,9 +227,7 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         prepare_rng, dropout_rng = jax.random.split(rng)
         prepared = prepare(batch, prepare_rng)
-        grads, values = accumulate(
-            loss_fn, state.params, prepared, dropout_rng, accumulation_steps
-        )
+        grads, values = accumulate(loss_fn, state.params, prepared, dropout_rng, accumulation_steps)
         values["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "maskgil_jax"
 
 COMMANDS = ("train", "sample", "evaluate", "app")
-FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures"}
+FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"}
 ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},

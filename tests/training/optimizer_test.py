@@ -81,9 +81,7 @@ def test_the_rate_rises_then_stays():
 
 
 def test_the_cosine_falls_to_zero_at_the_end():
-    rate = make_rate(
-        OptimizerConfig(learning_rate=2.0, warmup_steps=4, rate_schedule="cosine"), 12
-    )
+    rate = make_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=4, rate_schedule="cosine"), 12)
     assert rate(2) == pytest.approx(1)
     expected = [1 + np.cos(np.pi * i / 8) for i in range(9)]
     np.testing.assert_allclose([rate(4 + i) for i in range(9)], expected, atol=1e-6)

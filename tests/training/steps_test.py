@@ -86,7 +86,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts, mask_draw):
     summed, summed_metrics = gradient(parts, mask_draw)
     for a, b in zip(jax.tree.leaves(summed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * float(np.abs(b).max()) + 1e-8, rtol=1e-4)
-    assert summed_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert summed_metrics["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)
 
 
 def test_a_batch_without_masked_tokens_has_no_gradient():

@@ -1,0 +1,181 @@
+"""The PyTorch peer computes what we compute, and the benchmark reports what it should."""
+
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maskgil_jax.build import models as build
+from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.training import steps
+from maskgil_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+torch = pytest.importorskip("torch", reason="the peer is a PyTorch model: pip install .[torch]")
+TOOLS = pathlib.Path(__file__).parents[2] / "tools"
+FIELDS = {"row", "name", "ratio", "goal", "spread", "hardware", "void", "versions", "batch"}
+
+
+@pytest.fixture(autouse=True)
+def _tools_importable(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+
+
+@pytest.fixture(autouse=True)
+def _keep_settings():
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    cache = jax.config.jax_enable_compilation_cache
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    jax.config.update("jax_enable_compilation_cache", cache)
+
+
+def make_both(**options):
+    """Return our config and parameters, and the peer with the same parameters."""
+    from benchmarks import torch_peer
+
+    config = MaskGILConfig(
+        num_layers=2,
+        width=32,
+        num_heads=2,
+        mlp_width=48,
+        codebook_size=20,
+        num_classes=5,
+        grid_size=(3, 4),
+        **options,
+    )
+    shapes = jax.eval_shape(build.init_model(config), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    # Random everywhere: a zero head or a unit scale would hide a wrong one.
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32) / 4, shapes)
+    params = jax.tree.map(lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names"))
+    model = torch_peer.TorchMaskGIL(config)
+    torch_peer.load_flax_params(model, params)
+    return config, params, model
+
+
+def draw_inputs(config):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(config.codebook_size + 1, size=(2, *config.grid_size), dtype=np.int32)
+    return tokens, np.array([3, config.null_label], np.int32)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": "layer", "post_norm": "rms"}, {"qk_norm": "rms"}]
+)
+def test_peer_gives_our_logits(options):
+    config, params, model = make_both(**options)
+    tokens, labels = draw_inputs(config)
+    ours = MaskGIL(config).apply({"params": params}, tokens, labels)
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(tokens).long(), torch.from_numpy(labels).long())
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert np.ptp(ours) > 1
+
+
+def test_peer_refuses_what_it_does_not_implement():
+    with pytest.raises(ValueError, match="condition 'last'.*only 'first'"):
+        make_both(condition="last")
+
+
+def test_peer_takes_our_training_step():
+    from benchmarks import torch_peer
+
+    config, params, model = make_both()
+    settings = OptimizerConfig(learning_rate=0.01, clip_norm=0.5)
+    tokens, labels = draw_inputs(config)
+    tokens %= config.codebook_size
+    mask = np.random.default_rng(2).random(tokens.shape) < 0.6
+    inputs = np.where(mask, config.mask_token_id, tokens)
+    loss_fn = steps.make_masked_loss(
+        build.training_apply(config),
+        steps.MaskedLossConfig(mask_token_id=config.mask_token_id, null_label=config.null_label),
+    )
+    batch = {"inputs": inputs, "targets": tokens, "mask": mask, "label": labels}
+    grads, metrics = steps.accumulate(
+        loss_fn, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0), 1
+    )
+    optimizer = make_optimizer(settings, num_steps=1)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updated = optax.apply_updates(params, updates)
+
+    tensors = [torch.from_numpy(x) for x in (tokens.astype(np.int64), labels.astype(np.int64), mask)]
+    loss = torch_peer.masked_loss(
+        model, *tensors, mask_token_id=config.mask_token_id, smoothing=0.1
+    )
+    torch_peer.update(model, torch_peer.make_optimizer(model, settings), loss, settings.clip_norm)
+    assert float(loss.detach()) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    clip = settings.clip_norm / float(optax.global_norm(grads))
+    assert clip < 1
+    np.testing.assert_allclose(model.head.weight.grad.T, grads["head"]["kernel"] * clip, atol=1e-6)
+    # The first update of Adam has the gradient's sign, which rounding flips where it is near zero.
+    near = np.isclose(model.head.weight.detach().T, updated["head"]["kernel"], atol=1e-5)
+    assert near.mean() > 0.99
+
+
+def test_arithmetic_is_that_of_the_table():
+    from benchmarks import ours
+
+    forward, training = {}, {}
+    for size in ("b", "l", "xl", "xxl"):
+        model = build.model_config(ours.make_config(size, 8, "float32"))
+        forward[size] = round(ours.forward_flops(model) / 1e9, 1)
+        training[size] = round(ours.training_flops(model) / 1e9, 1)
+    assert forward == {"b": 52.5, "l": 173.5, "xl": 398.8, "xxl": 730.9}
+    assert training == {"b": 157.6, "l": 520.6, "xl": 1196.5, "xxl": 2192.6}
+
+
+def run_bench(*arguments):
+    import bench
+
+    return bench.main(["--size", "tiny", "--block_seconds", "0.001", *arguments])
+
+
+def test_every_line_is_json_with_all_fields(capsys):
+    assert run_bench("--rows", "1c,7") == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["row"] for r in results] == ["1c", "7", "7"]
+    for result in results:
+        assert result.keys() >= FIELDS
+        assert result["ratio"] > 0
+        assert result["spread"] > 0
+        assert isinstance(result["void"], bool)
+        assert "cores" in result["hardware"]
+        assert result["goal"] is None  # no goal is set for the size that only tries the tool
+    for result in results[1:]:
+        rate = result["ours_gflops"] / result["torch_gflops"]
+        assert rate == pytest.approx(result["torch_seconds"] / result["ours_seconds"], rel=0.2)
+
+
+def test_drift_voids_a_result():
+    from benchmarks import rows, timing
+
+    times = dict(seconds={}, ceilings=np.array([1e9]), before=1e9)
+    fields = dict(row="x", name="x", ratio=2.0, goal=1.5, spread=0.1, figures={})
+    good = rows.Result(times=timing.Times(after=0.96e9, **times), **fields).to_dict()
+    bad = rows.Result(times=timing.Times(after=0.94e9, **times), **fields).to_dict()
+    assert (good["void"], bad["void"]) == (False, True)
+    assert good["met"] is True
+    lower = rows.Result(times=timing.Times(after=1e9, **times), better="lower", **fields)
+    assert lower.to_dict()["met"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "7,77"], "rows 77 are unknown; allowed: 1, 1c, 2, 7, 12"),
+        (["--rows", "1"], "need a GPU.*allowed here: 1c, 7, 12"),
+        (["--rows", "7", "--size", "m"], "size 'm' is unknown; allowed: b, l, xl, xxl, tiny"),
+        (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message, capsys):
+    assert run_bench(*arguments) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.search(message, output.err)
