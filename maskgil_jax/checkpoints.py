@@ -202,10 +202,14 @@ class Checkpoints:
         self._manifests = self._root / "manifests"
         self._first = jax.process_index() == 0
         self._manager = None
+        self._verified: set[int] = set()
         if read_only:
             return
         if self._first:
             self._manifests.mkdir(parents=True, exist_ok=True)
+            # Orbax leaves behind what a killed run was writing.
+            for leftover in self._steps.glob(f"*{_TEMPORARY}"):
+                shutil.rmtree(leftover)
             self._set_aside_invalid()
         multihost_utils.sync_global_devices("checkpoints_verified")
         options = ocp.CheckpointManagerOptions(
@@ -216,11 +220,22 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._steps, options=options)
 
     def latest_step(self) -> int | None:
-        """Return the newest step that was committed and verified, or `None`."""
-        steps = [p for p in self._steps.glob("*") if p.name.isdigit()]
-        for path in sorted(steps, key=lambda p: int(p.name), reverse=True):
-            if self._find_problem(path) is None:
-                return int(path.name)
+        """Return the newest step that was committed and verified, or `None`.
+
+        The first process looks, and all take its answer.
+        """
+        found = self._newest_verified() if self._first or self._manager is None else None
+        if self._manager is None or jax.process_count() == 1:
+            return found
+        step = multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found))
+        return None if step < 0 else int(step)
+
+    def _newest_verified(self) -> int | None:
+        steps = sorted((int(p.name) for p in self._steps.glob("*") if p.name.isdigit()))
+        for step in reversed(steps):
+            if step in self._verified or self._find_problem(self._steps / str(step)) is None:
+                self._verified.add(step)
+                return step
         return None
 
     def save(self, step: int, trees: Mapping[str, Any], data: Any) -> None:
@@ -254,7 +269,7 @@ class Checkpoints:
             for name, tree in abstract.items():
                 restored[name] = checkpointer.restore(path / name, tree)
         if data is not None:
-            grain.checkpoint.CheckpointHandler().restore(path / "data", item=data)
+            data.set_state(_read_position(path / "data"))
         return restored
 
     def item_names(self, step: int) -> list[str]:
@@ -316,6 +331,7 @@ class Checkpoints:
         for path in sorted(p for p in self._steps.iterdir() if p.name.isdigit()):
             problem = self._find_problem(path)
             if problem is None:
+                self._verified.add(int(path.name))
                 continue
             target = self._root / "damaged" / path.name
             target.parent.mkdir(exist_ok=True)
@@ -332,16 +348,29 @@ class Checkpoints:
             return "its manifest was not written: the run ended while saving"
         except (json.JSONDecodeError, UnicodeDecodeError):
             return "its manifest is damaged"
-        actual = {str(p.relative_to(path)) for p in _files(path)}
-        if missing := sorted(set(sums) - actual):
-            return f"files are missing: {', '.join(missing[:5])}"
-        changed = [name for name in sorted(sums) if file_sha256(path / name) != sums[name]]
+        if not isinstance(sums, dict) or not sums:
+            return "its manifest is damaged"
+        try:
+            actual = {str(p.relative_to(path)) for p in _files(path)}
+            if missing := sorted(set(sums) - actual):
+                return f"files are missing: {', '.join(missing[:5])}"
+            changed = [name for name in sorted(sums) if file_sha256(path / name) != sums[name]]
+        except OSError as error:
+            return f"it cannot be read: {error}"
         return f"contents differ from the manifest: {', '.join(changed[:5])}" if changed else None
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     """Return the files of a step that hold its contents, not orbax's note of when it was written."""
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "_CHECKPOINT_METADATA")
+
+
+def _read_position(folder: pathlib.Path) -> bytes:
+    """Return the data position, which is the same in every process, however many wrote it."""
+    files = sorted(folder.glob("process_*.json"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no data position; the run cannot continue from it")
+    return files[0].read_bytes()
 
 
 def _describe(name: str, tree: Any) -> dict[str, str]:

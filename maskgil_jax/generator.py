@@ -123,7 +123,8 @@ def load_model(path: os.PathLike | str) -> Model:
         model = MaskGILConfig.from_dict(stored.config)
         run = config.preset("released" if model.cond_rope == "table" else "recommended")
         run.model.update(model.to_dict() | {"grid_size": model.grid_size})
-        return Model(config=model, params=stored.params, run=run)
+        params = jax.tree.map(jnp.asarray, stored.params)
+        return Model(config=model, params=params, run=run)
     run = workdir.read_run_config(directory)
     _check_kind(directory, run.kind, "maskgil")
     model = build.model_config(run)
@@ -190,8 +191,9 @@ def generate_tokens(
 ) -> Int[np.ndarray, "b gh gw"]:
     """Generate one grid of codes per label.
 
-    Image i draws its randomness from `fold_in(seed, i)`, so in float32 the codes do not depend on
-    the batch size or the number of devices.
+    Image i draws its randomness from `fold_in(seed, i)`, so in float32 on CPU the codes do not
+    depend on the batch size or the number of devices. On a GPU or TPU that also needs
+    `jax_default_matmul_precision="highest"` and deterministic operations.
 
     Args:
         model: architecture.
@@ -203,10 +205,14 @@ def generate_tokens(
         mesh: devices to use; all of them if `None`.
 
     Raises:
-        ValueError: if a label is out of range.
+        ValueError: if a label or the seed is out of range, or the batch size is not positive.
     """
-    labels = np.asarray(labels, np.int32).reshape(-1)
-    check_range("label", labels, model.num_classes + 1)
+    labels = np.asarray(labels).reshape(-1)
+    if labels.size:
+        check_range("label", labels, model.num_classes + 1)
+    labels = labels.astype(np.int32)
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
     mesh = mesh or sharding.make_mesh({"data": -1})
     parts = sharding.batch_shards(mesh)
     size = -(-min(batch_size, max(len(labels), 1)) // parts) * parts
@@ -234,4 +240,4 @@ def decode_images(
     tokenizer: Tokenizer, tokens: Int[np.ndarray, "b gh gw"], *, batch_size: int = 64
 ) -> UInt8[np.ndarray, "b H W c"]:
     """Turn codes into uint8 images, clipped, never rescaled."""
-    return to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=min(batch_size, len(tokens)))))
+    return to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=max(1, min(batch_size, len(tokens))))))

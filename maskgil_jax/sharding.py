@@ -105,7 +105,7 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
         names = leaf.names
         if unknown := set(names) - known:
             raise ValueError(
-                f"logical axes {sorted(unknown)} have no rule; allowed: "
+                f"logical axes {sorted(map(str, unknown))} have no rule; allowed: "
                 f"{', '.join(name for name, _ in RULES)}"
             )
         axes = nn.logical_to_mesh_axes(names, RULES)

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,13 +60,13 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
         NonFiniteError: if the loss stops being finite.
     """
     started = time.monotonic()
+    config = _resolve(config)
     build.validate(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     build.check_batch(config, mesh)
     source = build.make_source(config)
     tokenizer = _open_tokenizer(config, source)
-    claim = claim_workdir if jax.process_index() == 0 else _claim_nothing
-    with claim(workdir, config), jax.set_mesh(mesh):
+    with _claim_together(workdir, config), jax.set_mesh(mesh):
         task = (
             build.make_maskgil_task(config, mesh)
             if config.kind == "maskgil"
@@ -92,6 +92,11 @@ def _run(
     store = checkpoints.Checkpoints(workdir, keep=config.logging.keep_checkpoints)
     with contextlib.closing(store), _open_writer(workdir) as writer:
         state, first_step = _restore(store, task, batches)
+        if first_step > config.training.num_steps:
+            raise ValueError(
+                f"{workdir} is at step {first_step}, beyond training.num_steps "
+                f"{config.training.num_steps}; give at least {first_step}, or another --workdir"
+            )
         if first_step == 0:
             say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         rate = build.rate_schedule(config)
@@ -210,7 +215,7 @@ def _draw_grid(
         labels = np.tile(np.arange(columns), GRID_ROWS)
         images = _generate(config, mesh, tokenizer, state, labels)
         return pictures.make_grid(images, columns=columns)
-    images = _heldout_images(config)[:16]
+    images = _example_images(config)[:16]
     trained = create_tokenizer(build_models.tokenizer_config(config), _local(state))
     rebuilt = pictures.to_uint8(np.asarray(trained.decode(trained.encode(images))))
     both = np.concatenate([pictures.to_uint8(images), rebuilt])
@@ -222,7 +227,8 @@ def _local(state: Any) -> Any:
     return multihost_utils.process_allgather(_inference_params(state), tiled=True)
 
 
-def _heldout_images(config: ConfigDict) -> np.ndarray:
+def _example_images(config: ConfigDict) -> np.ndarray:
+    """Return images to reconstruct: held-out digits, or the first of the training images."""
     if config.data.name == "digits":
         return to_float(digits_arrays("test")[0])
     source, transform = build.make_source(config), build.image_transform(config)
@@ -239,7 +245,7 @@ def _report(
     if config.report.name == "none":
         return report
     if tokenizer is None:
-        images = _heldout_images(config)
+        images = _example_images(config)
         trained = create_tokenizer(build_models.tokenizer_config(config), _local(state))
         tokens = trained.encode(images, batch_size=64)
         rebuilt = np.clip(np.asarray(trained.decode(tokens, batch_size=64)), -1, 1)
@@ -266,14 +272,40 @@ def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
     )
 
 
+def _resolve(config: ConfigDict) -> ConfigDict:
+    """Return a copy whose tokenizer is found from any directory."""
+    config = config.copy_and_resolve_references()
+    path = config.tokenizer.path
+    if path and not path.startswith(build_models.ASSET):
+        config.tokenizer.path = os.path.abspath(path)
+    return config
+
+
 @contextlib.contextmanager
-def _claim_nothing(workdir, config):
-    yield workdir
+def _claim_together(workdir: os.PathLike | str, config: ConfigDict) -> Iterator[None]:
+    """Hold the run directory in the first process; all end if it is refused there."""
+    with contextlib.ExitStack() as stack:
+        refusal: ValueError | None = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(claim_workdir(workdir, config))
+            except ValueError as error:
+                refusal = error
+        if jax.process_count() > 1:
+            refused = bool(multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None)))
+            if refused and refusal is None:
+                refusal = ValueError(f"process 0 refused {workdir}; its error says why")
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 def main(argv: list[str]) -> None:
     """Join the other processes and train."""
     cli.start(argv)
+    numbers = (_NUM_PROCESSES.value, _PROCESS_ID.value)
+    if not (_DISTRIBUTED.value or _COORDINATOR.value) and numbers != (None, None):
+        raise app.UsageError("--num_processes and --process_id need --coordinator")
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     cli.exit_on_user_error(

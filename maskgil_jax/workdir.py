@@ -15,8 +15,16 @@ RUN_CONFIG = "run.json"
 _LOCK = "lock"
 
 # Fields that a resumed run may change: they touch neither the state nor what is learnt.
-_FREE = ("logging.", "report.", "sampler.", "mesh.", "data.num_threads", "data.prefetch",
-         "tokenizer.batch_size")  # fmt: skip
+_FREE = (
+    "logging.",
+    "report.",
+    "sampler.",
+    "mesh.",
+    "data.max_bad_images",
+    "data.num_threads",
+    "data.prefetch",
+    "tokenizer.batch_size",
+)
 
 
 @contextlib.contextmanager
@@ -38,10 +46,12 @@ def claim_workdir(path: os.PathLike | str, run: ConfigDict) -> Iterator[pathlib.
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         file = path / RUN_CONFIG
+        for leftover in path.glob(f".{RUN_CONFIG}.*"):  # of a run killed while it wrote the file
+            leftover.unlink()
         if not file.exists() and any(p.name != _LOCK for p in path.iterdir()):
             raise ValueError(f"{path} holds files but no {RUN_CONFIG}; choose an empty directory")
         if file.exists():
-            _check_same(path, config.from_json(file.read_text()), run)
+            _check_same(path, _read(file), run)
         checkpoints.write_text_atomically(file, config.to_json(run))
         yield path
 
@@ -58,7 +68,16 @@ def read_run_config(path: os.PathLike | str) -> ConfigDict:
             f"{path} is neither a run directory ({RUN_CONFIG} is missing) nor a model directory "
             "(params.safetensors is missing)"
         )
-    return config.from_json(file.read_text())
+    return _read(file)
+
+
+def _read(file: pathlib.Path) -> ConfigDict:
+    try:
+        return config.from_json(file.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. Restore it, or choose another --workdir"
+        ) from error
 
 
 def _check_same(path: pathlib.Path, old: ConfigDict, new: ConfigDict) -> None:

@@ -93,6 +93,20 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     write_checkpoint(args.dst, state, wrapper=convert.find_family(name).export_wrapper)
     _print_summary(name, config, source.params)
     print(f"wrote {args.dst}: sha256 {file_sha256(args.dst)}")
+    if flags := _import_flags(name, config):
+        print(f"the file does not tell everything; import it with: --family {name} {flags}")
+
+
+def _import_flags(family: str, config: Any) -> str:
+    """Return the options that an import of the exported file needs to give the same model."""
+    values = {
+        name: getattr(config, name)
+        for name in convert.find_family(family).options
+        if getattr(config, name) != "none"
+    }
+    if "grid_size" in values:
+        values["grid_size"] = "x".join(map(str, values["grid_size"]))
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def _print_summary(family: str, config: Any, params: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """From a validated configuration to datasets, steps and states."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -98,14 +98,55 @@ def validate(config: ConfigDict) -> None:
     make_optimizer(optimizer_config(config), training.num_steps)
     if not 0 <= training.ema_decay < 1:
         raise ValueError(f"training.ema_decay {training.ema_decay} is not in [0, 1)")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed {config.seed} is out of range; allowed: 0 to {2**32 - 1}")
+    _check_at_least(config, _LEAST)
+    transform = image_transform(config)
+    if config.report.name == "digits" and config.data.name != "digits":
+        raise ValueError(f"report.name 'digits' needs data.name 'digits', not {config.data.name!r}")
     if config.kind == "tokenizer":
-        build.tokenizer_config(config)
+        vq = build.tokenizer_config(config)
+        vq.spec.grid_size(*config.data.image_size)
+        if vq.image_channels != 3:
+            raise ValueError(f"vq.image_channels {vq.image_channels}: the datasets give 3 (RGB)")
+        if config.data.cache_tokens:
+            raise ValueError("data.cache_tokens is for kind 'maskgil': a tokenizer needs images")
         TokenizerLossWeights(**config.vq_loss.to_dict())
     else:
-        build.model_config(config)
+        model = build.model_config(config)
+        if model.attention == "cudnn" and jax.default_backend() != "gpu":
+            raise ValueError("model.attention 'cudnn' needs a GPU; use 'xla'")
         build.sampler_config(config)
         loss_config(config)
-    image_transform(config)
+        _check_cache(config, transform)
+
+
+_LEAST = {
+    "data.cache_copies": 1,
+    "data.num_threads": 0,
+    "data.prefetch": 1,
+    "data.max_bad_images": 0,
+    "logging.keep_checkpoints": 1,
+    "report.batch_size": 1,
+    "report.num_samples": 4,
+    "tokenizer.batch_size": 1,
+    "training.accumulation_steps": 1,
+}
+
+
+def _check_at_least(config: ConfigDict, least: Mapping[str, int]) -> None:
+    for name, minimum in least.items():
+        section, field = name.split(".")
+        if config[section][field] < minimum:
+            raise ValueError(f"{name} {config[section][field]} must be at least {minimum}")
+
+
+def _check_cache(config: ConfigDict, transform: transforms.Chain) -> None:
+    cached, copies = config.data.cache_tokens, config.data.cache_copies
+    if copies > 1 and not cached:
+        raise ValueError(f"data.cache_copies {copies} needs data.cache_tokens true")
+    if cached and copies == 1 and len(transform.transforms) > 2:
+        raise ValueError("data.cache_copies 1 would freeze one augmentation; use more copies")
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
@@ -117,6 +158,13 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
         )
     name = "training.batch_size" + (f" {size} / accumulation_steps {parts} =" if parts > 1 else "")
     sharding.check_batch_size(name, size // parts, mesh)
+    tensor, local = mesh.shape["tensor"], jax.local_device_count()
+    if jax.process_count() > 1 and local % tensor:
+        # Processes that share a tensor group would each bring other images for the same rows.
+        raise ValueError(
+            f"mesh.tensor {tensor} must divide the {local} devices of each process; split over "
+            "processes with mesh.data or mesh.fsdp"
+        )
 
 
 def make_source(config: ConfigDict) -> Source:
@@ -175,13 +223,10 @@ def make_batches(config: ConfigDict, source: Source, transform: Any) -> Any:
 def cache_tokens(config: ConfigDict, source: Source, tokenizer: Tokenizer) -> ArraySource:
     """Encode a whole dataset into memory, `data.cache_copies` augmented copies of every image.
 
-    Copy c of image i draws its augmentation from the generator seeded with (seed, c, i).
+    Copy c of image i draws its augmentation from the generator seeded with (seed, c, i). Every
+    process encodes all of it, so this is for data that is small.
     """
     copies, transform = config.data.cache_copies, image_transform(config)
-    if copies < 1:
-        raise ValueError(f"data.cache_copies {copies} must be at least 1")
-    if copies == 1 and len(transform.transforms) > 2:
-        raise ValueError("data.cache_copies 1 would freeze one augmentation; use more copies")
     size = config.tokenizer.batch_size
     tokens, labels = [], []
     pairs = [(copy, index) for copy in range(copies) for index in range(len(source))]

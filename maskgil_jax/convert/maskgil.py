@@ -51,7 +51,13 @@ RULES = (
     *TRANSFORMER_RULES,
 )
 
-LAYOUT = {"condition": "first", "rope": "2d", "embeddings": "separate"}
+LAYOUT = {
+    "condition": "first",
+    "rope": "2d",
+    "embeddings": "separate",
+    "rope_base": 10000.0,
+    "norm_eps": 1e-5,
+}
 
 # (layers, width) -> heads of the published sizes: heads leave no trace in the shapes.
 PUBLISHED_HEADS = {(s.num_layers, s.width): s.num_heads for s in SIZES.values()}

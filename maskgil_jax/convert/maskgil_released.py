@@ -17,6 +17,8 @@ from maskgil_jax.models.maskgil import MaskGILConfig
 NAME = "maskgil-released"
 RULES = (Rule("tok_emb.weight", "token_embed/embedding", "k e -> k e"), *TRANSFORMER_RULES)
 LAYOUT = {
+    "rope_base": 10000.0,
+    "norm_eps": 1e-5,
     "condition": "last",
     "rope": "1d",
     "cond_rope": "table",

@@ -148,7 +148,7 @@ class Head(nn.Module):
         cfg = self.config
         rows = cfg.codebook_size + 1
         init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "vocab"))
-        kernel = self.param("kernel", init, (cfg.width, rows)).astype(x.dtype)
+        kernel = jnp.asarray(self.param("kernel", init, (cfg.width, rows)), x.dtype)
         padding = -rows % cfg.head_alignment
         if padding:
             kernel = jnp.pad(kernel, ((0, 0), (0, padding)))

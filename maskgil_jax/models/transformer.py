@@ -155,12 +155,13 @@ class Attention(nn.Module):
             q = make_norm(cfg.qk_norm, cfg, "q_norm")(q).astype(dtype)
             k = make_norm(cfg.qk_norm, cfg, "k_norm")(k).astype(dtype)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
+        implementation: Any = cfg.attention
         y = jax.nn.dot_product_attention(
             q,
             k,
             v,
             mask=None if mask is None else mask[:, None],
-            implementation=cfg.attention,
+            implementation=implementation,
         )
         return Projection((h, d), (e,), ("heads", "head_dim", "embed"), dtype, name="out")(y)
 

@@ -90,9 +90,6 @@ class DeviceBatches:
         self._position = json.loads(state)
         self._source.set_state(self._position)
 
-    def start_prefetch(self) -> None:
-        """Do nothing: the queue fills at the next batch. Grain's checkpoint handler calls this."""
-
 
 def run_loop(
     step_fn: Callable[[Any, Any, Any], tuple[Any, Any]],

@@ -106,7 +106,7 @@ def test_the_condition_reaches_every_token(changes):
 def test_the_head_starts_at_zero_and_the_rest_does_not():
     config = references.tiny_config()
     tokens, labels = references.random_inputs(config)
-    params = nn.unbox(MaskGIL(config).init(jax.random.key(0), tokens, labels))["params"]
+    params = nn.unbox(jax.jit(MaskGIL(config).init)(jax.random.key(0), tokens, labels))["params"]
     zero = {
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -192,7 +192,8 @@ def test_dropout_acts_in_training_only_and_follows_its_key(field):
 def test_output_norm_is_the_root_mean_square_before_the_final_norm():
     config = references.tiny_config()
     params, inputs = references.random_params(config), references.random_inputs(config)
-    _, sown = MaskGIL(config).apply({"params": params}, *inputs, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(MaskGIL(config).apply, mutable=["intermediates"]))
+    _, sown = apply({"params": params}, *inputs)
     (value,) = sown["intermediates"]["transformer"]["output_norm"]
     stream = references.residual_stream(config, params, *inputs)
     assert value == pytest.approx(np.sqrt(np.mean(stream**2)), rel=1e-5)

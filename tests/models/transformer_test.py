@@ -15,7 +15,7 @@ def influence(mask):
     module = Transformer(TransformerConfig(**CONFIG))
     table = rope.rope_1d(LENGTH, 8)
     x = jax.random.normal(jax.random.key(0), (1, LENGTH, 16))
-    variables = module.init(jax.random.key(1), x, table, mask)
+    variables = jax.jit(module.init)(jax.random.key(1), x, table, mask)
     jacobian = jax.jit(jax.jacrev(lambda x: module.apply(variables, x, table, mask)))(x)
     return np.sqrt((np.asarray(jacobian)[0, :, :, 0] ** 2).sum((1, 3)))
 
@@ -36,9 +36,10 @@ def test_a_mask_per_sequence_hides_what_it_names():
     table = rope.rope_1d(LENGTH, 8)
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, 16))
     mask = jnp.ones((2, LENGTH, LENGTH), bool).at[1, :, 4:].set(False)
-    variables = module.init(jax.random.key(1), x, table, mask)
-    y = module.apply(variables, x, table, mask)
-    changed = module.apply(variables, x.at[:, 5].add(1.0), table, mask)
+    variables = jax.jit(module.init)(jax.random.key(1), x, table, mask)
+    apply = jax.jit(module.apply)
+    y = apply(variables, x, table, mask)
+    changed = apply(variables, x.at[:, 5].add(1.0), table, mask)
     moved = np.abs(np.asarray(changed - y)).max(-1)
     assert moved[0].min() > 1e-6
     np.testing.assert_array_equal(moved[1, :5], 0)

@@ -19,7 +19,7 @@ ROOMS = {
     "workdir": {"checkpoints", "config"},
     "training": {"masking"},
     "decoding": {"masking"},
-    "convert": {"models", "tokenizers", "text", "evals"},
+    "convert": {"models", "tokenizers", "text", "evals", "checkpoints"},
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
     "generator": {"build.models", "models", "tokenizers", "text", "decoding", "checkpoints"}

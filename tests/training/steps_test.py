@@ -32,6 +32,13 @@ def prepared(mask_draw="exact", size=8):
     return steps.corrupt_batch(random_batch(size), jax.random.key(0), config)
 
 
+@functools.cache
+def accumulate(config, parts):
+    """The jitted `(params, batch, rng) → (gradients, metrics)` of the tiny model."""
+    loss_fn = steps.make_masked_loss(apply_model, config)
+    return jax.jit(functools.partial(steps.accumulate, loss_fn, parts=parts))
+
+
 def test_only_masked_tokens_are_hidden_and_targets_are_whole():
     batch, corrupted = random_batch(), prepared()
     mask = np.asarray(corrupted["mask"])
@@ -56,8 +63,7 @@ def test_conditions_are_dropped_at_their_rate(share):
 def test_the_loss_averages_over_the_tokens_it_names(loss_tokens):
     config = steps.MaskedLossConfig(**LOSS, loss_tokens=loss_tokens, label_smoothing=0.2)
     params, batch = references.random_params(CONFIG), prepared()
-    loss_fn = steps.make_masked_loss(apply_model, config)
-    _, metrics = steps.accumulate(loss_fn, params, batch, jax.random.key(0), 1)
+    _, metrics = accumulate(config, 1)(params, batch, jax.random.key(0))
     logits = references.forward(CONFIG, params, np.asarray(batch["inputs"]), batch["label"])
     targets, mask = (np.asarray(batch[name]).reshape(8, -1) for name in ("targets", "mask"))
     losses = references.cross_entropy(logits, targets, 0.2)
@@ -67,16 +73,14 @@ def test_the_loss_averages_over_the_tokens_it_names(loss_tokens):
     assert metrics["accuracy"] == pytest.approx(correct[mask].mean(), abs=1e-6)
 
 
-@functools.cache
 def gradient(parts, mask_draw):
     """Gradient and metrics of one batch of 8 in `parts` parts."""
-    loss_fn = steps.make_masked_loss(apply_model, steps.MaskedLossConfig(**LOSS))
-    accumulate = jax.jit(functools.partial(steps.accumulate, loss_fn, parts=parts))
     batch = prepared(mask_draw)
     if mask_draw == "bernoulli":
-        # One part whose draw hid nothing must weigh nothing.
+        # A part whose draw hid nothing must weigh nothing.
         batch["mask"] = batch["mask"].at[::4].set(False)
-    return accumulate(references.random_params(CONFIG), batch, jax.random.key(0))
+    config = steps.MaskedLossConfig(**LOSS)
+    return accumulate(config, parts)(references.random_params(CONFIG), batch, jax.random.key(0))
 
 
 @pytest.mark.parametrize("mask_draw", ["exact", "bernoulli"])
@@ -90,11 +94,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts, mask_draw):
 
 
 def test_a_batch_without_masked_tokens_has_no_gradient():
-    loss_fn = steps.make_masked_loss(apply_model, steps.MaskedLossConfig(**LOSS))
     batch = prepared()
     batch["mask"] = jnp.zeros_like(batch["mask"])
-    params = references.random_params(CONFIG)
-    gradients, metrics = steps.accumulate(loss_fn, params, batch, jax.random.key(0), 1)
+    step = accumulate(steps.MaskedLossConfig(**LOSS), 1)
+    gradients, metrics = step(references.random_params(CONFIG), batch, jax.random.key(0))
     assert metrics["loss"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
