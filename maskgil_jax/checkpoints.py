@@ -180,15 +180,13 @@ class Checkpoints:
 
     Layout: `checkpoints/<step>/` (orbax; one item per tree and the data iterator) and
     `manifests/<step>.json`, the SHA-256 of every file of the step, written before orbax commits the
-    step by renaming it. A step without a valid manifest does not count: it is moved to `damaged/` and the
-    newest valid one is used.
+    step by renaming it. A step without a valid manifest does not count: it is moved to `damaged/`
+    and the newest valid one is used.
 
     All processes of a run call every method together.
     """
 
-    def __init__(
-        self, workdir: os.PathLike | str, *, keep: int = 2, read_only: bool = False
-    ):
+    def __init__(self, workdir: os.PathLike | str, *, keep: int = 2, read_only: bool = False):
         """Open the checkpoints under `workdir`.
 
         Args:
@@ -231,7 +229,7 @@ class Checkpoints:
         return None if step < 0 else int(step)
 
     def _newest_verified(self) -> int | None:
-        steps = sorted((int(p.name) for p in self._steps.glob("*") if p.name.isdigit()))
+        steps = sorted(int(p.name) for p in self._steps.glob("*") if p.name.isdigit())
         for step in reversed(steps):
             if step in self._verified or self._find_problem(self._steps / str(step)) is None:
                 self._verified.add(step)
@@ -361,7 +359,7 @@ class Checkpoints:
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files of a step that hold its contents, not orbax's note of when it was written."""
+    """Return the files of a step that hold its contents, not orbax's note of the time."""
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "_CHECKPOINT_METADATA")
 
 

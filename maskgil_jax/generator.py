@@ -240,4 +240,5 @@ def decode_images(
     tokenizer: Tokenizer, tokens: Int[np.ndarray, "b gh gw"], *, batch_size: int = 64
 ) -> UInt8[np.ndarray, "b H W c"]:
     """Turn codes into uint8 images, clipped, never rescaled."""
-    return to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=max(1, min(batch_size, len(tokens))))))
+    size = max(1, min(batch_size, len(tokens)))
+    return to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=size)))

@@ -174,17 +174,17 @@ def _open_batches(
 ) -> loop.DeviceBatches:
     """Return batches of tokens (of images, for a tokenizer run) on the devices."""
     put: Callable[[Any], Any] = functools.partial(sharding.put_batch, mesh=mesh)
-    transform = build.image_transform(config)
     if tokenizer is not None and config.data.cache_tokens:
         began = time.monotonic()
-        source, transform = build.cache_tokens(config, source, tokenizer), None
+        source = build.cache_tokens(config, source, tokenizer)
         say(f"encoded {len(source):,} images in {time.monotonic() - began:.1f} s")
-    elif tokenizer is not None:
-        encode = build.make_encoder(tokenizer, mesh)
-        host_to_device = put
-        put = lambda batch: encode(host_to_device(batch))  # noqa: E731
-    batches = build.make_batches(config, source, transform)
-    return loop.DeviceBatches(batches, put, config.data.prefetch)
+        batches = build.make_batches(config, source, None)
+        return loop.DeviceBatches(batches, put, config.data.prefetch)
+    batches = build.make_batches(config, source, build.image_transform(config))
+    if tokenizer is None:
+        return loop.DeviceBatches(batches, put, config.data.prefetch)
+    encode = build.make_encoder(tokenizer, mesh)
+    return loop.DeviceBatches(batches, lambda batch: encode(put(batch)), config.data.prefetch)
 
 
 def _inference_params(state: Any) -> Any:
@@ -267,9 +267,7 @@ def _report(
 def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
     """Return a TensorBoard writer; only process 0 writes files."""
     first = jax.process_index() == 0
-    return tensorboardX.SummaryWriter(
-        os.path.join(workdir, "tensorboard"), write_to_disk=first
-    )
+    return tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), write_to_disk=first)
 
 
 def _resolve(config: ConfigDict) -> ConfigDict:
@@ -308,9 +306,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--num_processes and --process_id need --coordinator")
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    cli.exit_on_user_error(
-        lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError
-    )
+    cli.exit_on_user_error(lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError)
 
 
 if __name__ == "__main__":

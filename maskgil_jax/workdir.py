@@ -81,7 +81,7 @@ def _read(file: pathlib.Path) -> ConfigDict:
 
 
 def _check_same(path: pathlib.Path, old: ConfigDict, new: ConfigDict) -> None:
-    free = _FREE
+    free: tuple[str, ...] = _FREE
     if old.optimizer.rate_schedule == "constant":
         free = (*free, "training.num_steps")
     changes = [line for line in config.diff(old, new) if not line.startswith(free)]

@@ -1,0 +1,1 @@
+"""Model directories that ship with the package, found by the name `asset:NAME`."""

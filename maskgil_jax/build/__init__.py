@@ -1,0 +1,1 @@
+"""From a validated configuration to objects: the only place that knows names."""

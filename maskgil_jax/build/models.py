@@ -145,5 +145,3 @@ def init_model(config: MaskGILConfig) -> Callable[[Any], Any]:
         return MaskGIL(config).init(rng, tokens, labels)["params"]
 
     return init
-
-

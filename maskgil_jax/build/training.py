@@ -228,7 +228,8 @@ def cache_tokens(config: ConfigDict, source: Source, tokenizer: Tokenizer) -> Ar
     """
     copies, transform = config.data.cache_copies, image_transform(config)
     size = config.tokenizer.batch_size
-    tokens, labels = [], []
+    tokens: list[np.ndarray] = []
+    labels: list[int] = []
     pairs = [(copy, index) for copy in range(copies) for index in range(len(source))]
     for start in range(0, len(pairs), size):
         records = [
@@ -265,9 +266,7 @@ def make_maskgil_task(config: ConfigDict, mesh: Mesh) -> Task:
     def prepare(batch, rng):
         return steps.corrupt_batch(batch, rng, loss)
 
-    return _make_task(
-        config, mesh, build.init_model(model), loss_fn, prepare, steps.MASKED_METRICS
-    )
+    return _make_task(config, mesh, build.init_model(model), loss_fn, prepare, steps.MASKED_METRICS)
 
 
 def make_tokenizer_task(config: ConfigDict, mesh: Mesh) -> Task:
@@ -281,7 +280,7 @@ def make_tokenizer_task(config: ConfigDict, mesh: Mesh) -> Task:
 
     def loss_fn(params, batch, rng):
         images = batch["image"]
-        outputs = module.apply({"params": params}, images, train=True, rngs={"dropout": rng})
+        outputs: Any = module.apply({"params": params}, images, train=True, rngs={"dropout": rng})
         loss, values = tokenizer_loss(outputs, images, weights)
         values = {name: jnp.asarray(value) for name, value in values.items()}
         return steps.Summed(loss=loss, weight=jnp.ones(()), sums={}, means=values)

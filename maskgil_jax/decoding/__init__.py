@@ -1,0 +1,1 @@
+"""Decoding loops over a function from tokens to logits."""

@@ -1,0 +1,1 @@
+"""Token models: one transformer and what is built around it."""

@@ -1,0 +1,1 @@
+"""Losses, optimiser, update steps and the loop that runs them."""
