@@ -5,6 +5,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
@@ -128,6 +129,20 @@ def test_every_config_file_builds(path, preset):
         model = build_models.model_config(config)
         tree = jax.eval_shape(build_models.init_model(model), jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("b", 110.9), ("l", 342.9), ("xl", 774.7), ("xxl", 1411.1)]
+)
+def test_config_files_of_the_sizes_hold_table_2(name, millions):
+    get_config = load(next(path for path in CONFIGS if path.stem == name)).get_config
+    model = build_models.model_config(get_config())
+    tree = nn.unbox(jax.eval_shape(build_models.init_model(model), jax.random.key(0)))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6, 1) == millions
+    for preset, norms in (("paper", ("layer", "rms")), ("released", ("none", "none"))):
+        found = get_config(preset).model
+        expected = norms if name == "xxl" else ("none", "none")
+        assert (found.qk_norm, found.post_norm) == expected
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

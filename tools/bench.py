@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--rows", required=True, help="which rows, separated by commas")
-    add("--size", default="b", help=f"{', '.join(ours.ALL_SIZES)} ({ours.TRIAL_SIZE}: try the tool)")
+    add(
+        "--size", default="b", help=f"{', '.join(ours.ALL_SIZES)} ({ours.TRIAL_SIZE}: try the tool)"
+    )
     add("--blocks", type=int, default=5, help="turns of every contender, at least 5")
     add("--block_seconds", type=float, default=2.0, help="how long a turn lasts at least")
     add("--table", action="store_true", help="print a Markdown table at the end instead of JSON")
@@ -61,7 +63,7 @@ def format_table(results: Iterable[Mapping[str, Any]]) -> str:
     for result in results:
         goal = "–" if result["goal"] is None else f"{signs[result['better']]} {result['goal']}"
         void = "void" if result["void"] else ""
-        cells = result | {"goal": goal, "void": void}
+        cells = {**result, "goal": goal, "void": void}
         lines.append("| " + " | ".join(str(cells[column]) for column in COLUMNS) + " |")
     return "\n".join(lines)
 

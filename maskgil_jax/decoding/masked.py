@@ -18,6 +18,9 @@ from jaxtyping import Array, Int
 from maskgil_jax import masking
 from maskgil_jax.decoding import categorical, guidance
 
+# Logits divided by less than this could overflow float32.
+MIN_TEMPERATURE = 1e-4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
@@ -32,7 +35,7 @@ class SamplerConfig:
         guidance_scale: s ≥ 0; 1 means no guidance.
         guidance_schedule: one of `guidance.GUIDANCE_SCHEDULES`.
         guidance_power: exponent of `power_cosine`, more than 0.
-        temperature: divides the logits; 0 takes the most probable code.
+        temperature: divides the logits, at least 1e-4; or 0: take the most probable code.
         gumbel_temperature: weight of the Gumbel noise on the confidence in the first step; it falls
             linearly to 0 in the last. Large values approach a random order.
     """
@@ -58,6 +61,11 @@ class SamplerConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} is out of range; allowed: 0 or more, finite"
                 )
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature} is too small to divide by; allowed: 0 (the most "
+                f"probable code) or at least {MIN_TEMPERATURE}"
+            )
 
     def guidance_scales(self) -> np.ndarray:
         """Return the guidance scale of every step, float32 [num_steps]."""

@@ -69,6 +69,8 @@ class MaskGILConfig(TransformerConfig):
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"grid_size {self.grid_size} must be two numbers of at least 1")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base {self.rope_base} must be more than 0")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(
                 f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"

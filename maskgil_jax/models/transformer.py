@@ -72,6 +72,8 @@ class TransformerConfig:
         check_choices(self, choices)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is out of range; allowed: [0, 1)")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps {self.norm_eps} must be more than 0")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError("attention 'cudnn' needs dtype 'bfloat16'; use 'xla' for float32")
 

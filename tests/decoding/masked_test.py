@@ -248,12 +248,37 @@ def test_the_last_step_has_no_noise():
     assert reveal_rates()[2] == 1
 
 
+@functools.cache
+def coin_tosses(step, reveal, images=4000):
+    """Tokens [images, 2] after one step that reveals `reveal` of two fair coins."""
+    sampler = SamplerConfig(num_steps=3, guidance_scale=1.0)
+    rngs, counts = masked.image_keys(0, np.arange(images)), jnp.full((images, 3), reveal)
+    toss = masked.make_step(
+        lambda tokens, _: jnp.zeros((*tokens.shape, 3)), None, None, rngs, counts, sampler, 2
+    )
+    return np.asarray(jax.jit(toss)(step, jnp.full((images, 2), 2)))
+
+
+def test_steps_images_and_positions_draw_independently():
+    first, second = coin_tosses(0, 2), coin_tosses(1, 2)
+    for a, b in [(first, second), (first[:, 0], first[:, 1]), (first[1:], first[:-1])]:
+        assert np.mean(a == b) == pytest.approx(0.5, abs=0.04)
+
+
+def test_which_token_is_revealed_does_not_depend_on_what_was_drawn():
+    tokens = coin_tosses(0, 1)
+    for position in range(2):
+        codes = tokens[:, position][tokens[:, position] < 2]
+        assert len(codes) == pytest.approx(2000, abs=150)
+        assert np.mean(codes) == pytest.approx(0.5, abs=0.05)
+
+
 def test_temperature_divides_the_logits():
     def logits_fn(tokens, _):
         return jnp.broadcast_to(jnp.array([0.0, 1.0, 5.0]), (*tokens.shape, 3))
 
     tokens = jnp.full((4, 2000), 2)
-    for temperature in (0.25, 1.0, 4.0):
+    for temperature in (1e-4, 0.25, 1.0, 4.0):
         sampler = SamplerConfig(num_steps=1, temperature=temperature, guidance_scale=1.0)
         result, _ = masked.decode(
             logits_fn, tokens, None, None, masked.image_keys(0, range(4)), sampler, mask_token_id=2
@@ -284,6 +309,7 @@ def test_more_steps_than_tokens_are_refused():
         ({"guidance_schedule": "const"}, "Did you mean 'constant'"),
         ({"guidance_scale": -1.0}, "guidance_scale -1.0 is out of range"),
         ({"temperature": -1.0}, "temperature -1.0 is out of range; allowed: 0 or more, finite"),
+        ({"temperature": 1e-30}, "temperature 1e-30 is too small .* 0 .* or at least 0.0001"),
         ({"gumbel_temperature": float("inf")}, "gumbel_temperature inf is out of range"),
     ],
 )

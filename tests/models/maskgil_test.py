@@ -215,6 +215,7 @@ def test_config_survives_json():
         ({"cond_rope": "table"}, "'table' needs rope '1d'"),
         ({"codebook_size": 0}, "codebook_size 0 must be at least 1"),
         ({"grid_size": (0, 4)}, r"grid_size \(0, 4\) must be two numbers of at least 1"),
+        ({"rope_base": 0.0}, "rope_base 0.0 must be more than 0"),
         ({"embedding_dropout": -0.1}, "embedding_dropout -0.1 is out of range"),
         ({"num_heads": 16}, "rope '2d' needs a head dimension divisible by 4, not 2"),
     ],

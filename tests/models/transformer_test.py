@@ -76,6 +76,7 @@ def test_the_compiled_program_does_not_grow_with_depth():
         ({"post_norm": "rm"}, "post_norm 'rm' .*Did you mean 'rms'"),
         ({"remat": "dot"}, "remat 'dot' .*Did you mean 'dots'"),
         ({"dtype": "float16"}, "dtype 'float16' .*Did you mean 'bfloat16'"),
+        ({"norm_eps": 0.0}, "norm_eps 0.0 must be more than 0"),
         ({"dropout": 1.0}, r"dropout 1.0 is out of range; allowed: \[0, 1\)"),
         ({"attention": "cudnn"}, "'cudnn' needs dtype 'bfloat16'"),
     ],

@@ -1,7 +1,7 @@
 """Our side of the benchmarks: configurations, arithmetic, and the calls that are timed."""
 
-import importlib.util
 import pathlib
+import runpy
 
 import jax
 import numpy as np
@@ -32,10 +32,7 @@ def make_config(size: str, batch_size: int, dtype: str) -> ConfigDict:
         config.model.update(num_layers=2, width=64, num_heads=2, mlp_width=128)
         config.model.update(codebook_size=100, num_classes=10, grid_size=(4, 4))
     else:
-        spec = importlib.util.spec_from_file_location(f"configs_{size}", CONFIGS / f"{size}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = runpy.run_path(str(CONFIGS / f"{size}.py"))["get_config"]()
     config.model.dtype = dtype
     config.training.batch_size = batch_size
     return config

@@ -67,7 +67,7 @@ class Result:
         }
 
 
-def summarise(ratios: np.ndarray) -> dict[str, float]:
+def summarise(ratios: np.ndarray) -> dict[str, Any]:
     """Return median and spread of the blocks' ratios."""
     median = float(np.median(ratios))
     return {"ratio": median, "spread": float(np.ptp(ratios)) / median}
@@ -263,8 +263,8 @@ def check_rows(names: list[str]) -> None:
             f"rows {', '.join(wrong)} need a GPU, and this machine's devices are {backend}; "
             f"allowed here: {', '.join(fit)}"
         )
-    if importlib.util.find_spec("torch") is None:
-        if missing := [name for name in names if ROWS[name].needs_torch]:
-            raise ValueError(
-                f"rows {', '.join(missing)} need PyTorch; pip install 'maskgil_jax[torch]'"
-            )
+    missing = [name for name in names if ROWS[name].needs_torch]
+    if missing and importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            f"rows {', '.join(missing)} need PyTorch; pip install 'maskgil_jax[torch]'"
+        )

@@ -235,7 +235,7 @@ class TorchSide:
         self._config, self._clip_norm, self._device = config, optimizer.clip_norm, device
         self._smoothing, self._condition_dropout = smoothing, condition_dropout
         self._weights = TorchMaskGIL(config).to(device)
-        self._model = torch.compile(self._weights) if compiled else self._weights
+        self._model: Any = torch.compile(self._weights) if compiled else self._weights
         self._optimizer = make_optimizer(self._weights, optimizer)
         self._tokens = torch.from_numpy(batch["tokens"]).long().to(device)
         self._labels = torch.from_numpy(batch["label"]).long().to(device)
