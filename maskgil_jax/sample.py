@@ -23,6 +23,8 @@ from maskgil_jax.tokenizers.base import Tokenizer
 
 Writer = Callable[[np.ndarray, np.ndarray], None]
 
+MAX_ROW = 8
+
 _LABELS = flags.DEFINE_string(
     "labels", None, "Classes, such as 3,1,4; the number of classes means none. Default: every one."
 )
@@ -120,7 +122,8 @@ def open_writer(out: os.PathLike | str, columns: int | None = None) -> Iterator[
 
     Args:
         out: FILE.png (replaced), FILE.npz (replaced) or a directory that is new or empty.
-        columns: of the grid in FILE.png; about as many as rows if `None`.
+        columns: of the grid in FILE.png; if `None`, one row of up to `MAX_ROW` images, or about as
+            many columns as rows.
     """
     path = pathlib.Path(out)
     suffix = path.suffix.lower()
@@ -136,6 +139,8 @@ def open_writer(out: os.PathLike | str, columns: int | None = None) -> Iterator[
 
 
 def _write_grid(path: pathlib.Path, columns: int | None, images: np.ndarray, _: np.ndarray) -> None:
+    if columns is None and len(images) <= MAX_ROW:
+        columns = len(images)
     pictures.save_png(path, pictures.make_grid(images, columns=columns))
 
 
