@@ -90,11 +90,11 @@ def describe_versions() -> str:
 
 
 def _gflops(flops_per_second: float) -> float:
-    return round(float(flops_per_second) / 1e9, 1)
+    return float(f"{flops_per_second / 1e9:.4g}")
 
 
 def _seconds(times: Times, name: str) -> float:
-    return round(float(np.median(times.seconds[name])), 4)
+    return float(f"{np.median(times.seconds[name]):.4g}")
 
 
 def training_rate(
