@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 # What the sources leave open or contradict, fixed three ways. `recommended` is the default.
 # Reference: `paper` MaskGIL sections 2.3, 3, 4.2, 4.3; `released` the published code.
@@ -95,17 +96,19 @@ def default() -> ConfigDict:
     tokenizer.path = ""  # model directory, or run directory of a tokenizer; asset:NAME is shipped
     tokenizer.batch_size = 64  # images at a time when a dataset is encoded up front
 
-    vq = config.vq = ConfigDict()  # architecture, for kind "tokenizer"; see LlamaGenVQConfig
-    vq.codebook_size = 16384
-    vq.embed_dim = 8
-    vq.channels = 128
-    vq.channel_multipliers = (1, 1, 2, 2, 4)
-    vq.num_res_blocks = 2
-    vq.latent_channels = 256
-    vq.image_channels = 3
-    vq.dropout = 0.0
-    vq.l2_normalize = True
-    vq.dtype = "float32"
+    vq = config.vq = ConfigDict()  # architecture, for kind "tokenizer"; None: as the family has it
+    vq.family = "llamagen-vq"  # llamagen-vq | maskgit-vq | chameleon-vq | open-magvit2
+    vq.codebook_size = placeholder(int)  # number of codes
+    vq.embed_dim = placeholder(int)  # width of a code
+    vq.channels = placeholder(int)  # width of the nets at full resolution
+    vq.channel_multipliers = placeholder(tuple)  # width of each level over `channels`
+    vq.num_res_blocks = placeholder(int)  # per level of the encoder
+    vq.latent_channels = placeholder(int)  # width around the quantiser
+    vq.image_channels = placeholder(int)
+    vq.dropout = placeholder(float)  # inside residual blocks
+    vq.l2_normalize = placeholder(bool)  # codes on the unit sphere
+    vq.level_attention = placeholder(bool)  # attention at the lowest resolution, not only mid-net
+    vq.dtype = placeholder(str)  # of the convolutions: float32 | bfloat16
 
     vq_loss = config.vq_loss = ConfigDict()  # see TokenizerLossWeights
     vq_loss.reconstruction_kind = "l2"  # l2 | l1

@@ -23,8 +23,7 @@ from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.pictures import to_uint8
-from maskgil_jax.tokenizers.base import Tokenizer
-from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ
+from maskgil_jax.tokenizers.base import Tokenizer, check_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +95,12 @@ def load_tokenizer(path: os.PathLike | str) -> Tokenizer:
     run = workdir.read_run_config(directory)
     _check_kind(directory, run.kind, "tokenizer")
     vq = build.tokenizer_config(run)
-    images = jnp.zeros((1, vq.downsample_factor, vq.downsample_factor, vq.image_channels))
-    params = _restore_params(directory, lambda rng: LlamaGenVQ(vq).init(rng, images)["params"])
-    return build.create_tokenizer("llamagen-vq", vq.to_dict(), params)
+    images = jnp.zeros(
+        (1, vq.spec.downsample_factor, vq.spec.downsample_factor, vq.spec.image_channels)
+    )
+    module = vq.make_module()
+    params = _restore_params(directory, lambda rng: module.init(rng, images)["params"])
+    return Tokenizer(config=vq, params=params)
 
 
 def load_model(path: os.PathLike | str) -> Model:
@@ -239,6 +241,15 @@ def _on_mesh(x: Any, mesh: Mesh) -> Any:
 def decode_images(
     tokenizer: Tokenizer, tokens: Int[np.ndarray, "b gh gw"], *, batch_size: int = 64
 ) -> UInt8[np.ndarray, "b H W c"]:
-    """Turn codes into uint8 images, clipped, never rescaled."""
+    """Turn codes into uint8 images, clipped, never rescaled; `batch_size` at a time.
+
+    Raises:
+        ValueError: if the tokens do not fit the tokenizer, or the batch size is not positive.
+    """
+    check_tokens(tokens, tokenizer.spec)
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
     size = max(1, min(batch_size, len(tokens)))
-    return to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=size)))
+    starts = range(0, max(len(tokens), 1), size)
+    parts = [tokenizer.decode(tokens[start : start + size], batch_size=size) for start in starts]
+    return np.concatenate([to_uint8(np.asarray(part)) for part in parts])

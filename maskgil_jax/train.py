@@ -33,7 +33,6 @@ from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.transforms import to_float
 from maskgil_jax.evals.digits import digits_report
 from maskgil_jax.tokenizers.base import Tokenizer
-from maskgil_jax.tokenizers.llamagen_vq import create_tokenizer
 from maskgil_jax.tokenizers.losses import codebook_usage
 from maskgil_jax.training import loop
 from maskgil_jax.workdir import claim_workdir
@@ -216,7 +215,7 @@ def _draw_grid(
         images = _generate(config, mesh, tokenizer, state, labels)
         return pictures.make_grid(images, columns=columns)
     images = _example_images(config)[:16]
-    trained = create_tokenizer(build_models.tokenizer_config(config), _local(state))
+    trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
     rebuilt = pictures.to_uint8(np.asarray(trained.decode(trained.encode(images))))
     both = np.concatenate([pictures.to_uint8(images), rebuilt])
     return pictures.make_grid(both, columns=len(images))
@@ -246,7 +245,7 @@ def _report(
         return report
     if tokenizer is None:
         images = _example_images(config)
-        trained = create_tokenizer(build_models.tokenizer_config(config), _local(state))
+        trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
         tokens = trained.encode(images, batch_size=64)
         rebuilt = np.clip(np.asarray(trained.decode(tokens, batch_size=64)), -1, 1)
         mse = float(np.mean((rebuilt - images) ** 2))

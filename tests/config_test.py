@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from maskgil_jax import config as schema
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build_training
-from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -123,8 +122,8 @@ def test_every_config_file_builds(path, preset):
     build_training.validate(config)
     if config.kind == "tokenizer":
         vq = build_models.tokenizer_config(config)
-        images = jnp.zeros((1, *config.data.image_size, vq.image_channels))
-        tree = jax.eval_shape(LlamaGenVQ(vq).init, jax.random.key(0), images)
+        images = jnp.zeros((1, *config.data.image_size, vq.spec.image_channels))
+        tree = jax.eval_shape(vq.make_module().init, jax.random.key(0), images)
     else:
         model = build_models.model_config(config)
         tree = jax.eval_shape(build_models.init_model(model), jax.random.key(0))

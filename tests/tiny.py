@@ -46,7 +46,7 @@ def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
     import jax
 
     from maskgil_jax import checkpoints
-    from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+    from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 
     config = LlamaGenVQConfig(
         codebook_size=32,
@@ -55,7 +55,7 @@ def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
         num_res_blocks=1,
         latent_channels=32,
     )
-    params = jax.jit(LlamaGenVQ(config).init)(jax.random.key(0), np.zeros((1, 16, 16, 3)))
+    params = jax.jit(config.make_module().init)(jax.random.key(0), np.zeros((1, 16, 16, 3)))
     checkpoints.write_model_dir(
         path,
         kind="tokenizer",

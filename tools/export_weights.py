@@ -24,8 +24,8 @@ def export_weights(run_dir: str, dst: str) -> None:
     source = {"kind": run.kind, "seed": run.seed, "num_steps": run.training.num_steps}
     if run.kind == "tokenizer":
         tokenizer = generator.load_tokenizer(run_dir)
-        family, config, params = tokenizer.spec.family, run.vq.to_dict(), tokenizer.params
-        config |= {"channel_multipliers": list(config["channel_multipliers"])}
+        family, params = tokenizer.spec.family, tokenizer.params
+        config = tokenizer.config.to_dict()
         kind = "tokenizer"
     else:
         model = generator.load_model(run_dir)

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.masking import check_choice
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
-from maskgil_jax.tokenizers import llamagen_vq
-from maskgil_jax.tokenizers.base import Tokenizer, TokenizerSpec
+from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec, check_fields
+from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
+from maskgil_jax.tokenizers.maskgit_vq import MaskGITVQConfig
 
-TOKENIZER_FAMILIES = ("llamagen-vq",)
+TOKENIZERS: dict[str, type[TokenizerConfig]] = {
+    config.family: config for config in (LlamaGenVQConfig, MaskGITVQConfig, ChameleonVQConfig)
+}
 ASSET = "asset:"
 
 
@@ -40,9 +44,26 @@ def sampler_config(config: ConfigDict, **changes: Any) -> SamplerConfig:
     return sampler
 
 
-def tokenizer_config(config: ConfigDict) -> LlamaGenVQConfig:
-    """Return the tokenizer architecture section, validated."""
-    return LlamaGenVQConfig(**config.vq.to_dict())
+def find_tokenizer(family: str) -> Any:
+    """Return the configuration class of a tokenizer family.
+
+    Raises:
+        ValueError: if there is no such family.
+    """
+    check_choice("tokenizer family", family, tuple(TOKENIZERS))
+    return TOKENIZERS[family]
+
+
+def tokenizer_config(config: ConfigDict) -> TokenizerConfig:
+    """Return the tokenizer architecture section, validated; `None` is the family's default.
+
+    Raises:
+        ValueError: if the family is unknown, lacks a field that is set, or a value is not allowed.
+    """
+    fields = {name: value for name, value in config.vq.to_dict().items() if value is not None}
+    family = find_tokenizer(fields.pop("family"))
+    check_fields(family, fields)
+    return family.from_dict(fields)
 
 
 def create_tokenizer(family: str, fields: dict[str, Any], params: Any) -> Tokenizer:
@@ -51,11 +72,7 @@ def create_tokenizer(family: str, fields: dict[str, Any], params: Any) -> Tokeni
     Raises:
         ValueError: if the family or a field is unknown.
     """
-    if family not in TOKENIZER_FAMILIES:
-        raise ValueError(
-            f"tokenizer family {family!r} is unknown; allowed: {', '.join(TOKENIZER_FAMILIES)}"
-        )
-    return llamagen_vq.create_tokenizer(LlamaGenVQConfig.from_dict(fields), params)
+    return Tokenizer(config=find_tokenizer(family).from_dict(fields), params=params)
 
 
 def resolve_path(path: str) -> pathlib.Path:

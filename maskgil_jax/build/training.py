@@ -22,7 +22,6 @@ from maskgil_jax.data.folder import ImageFolderSource
 from maskgil_jax.data.pipeline import Source, make_loader
 from maskgil_jax.masking import check_choice
 from maskgil_jax.tokenizers.base import Tokenizer
-from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ
 from maskgil_jax.tokenizers.losses import TokenizerLossWeights, tokenizer_loss
 from maskgil_jax.training import steps
 from maskgil_jax.training.loop import LoopConfig
@@ -107,8 +106,10 @@ def validate(config: ConfigDict) -> None:
     if config.kind == "tokenizer":
         vq = build.tokenizer_config(config)
         vq.spec.grid_size(*config.data.image_size)
-        if vq.image_channels != 3:
-            raise ValueError(f"vq.image_channels {vq.image_channels}: the datasets give 3 (RGB)")
+        if vq.spec.image_channels != 3:
+            raise ValueError(
+                f"vq.image_channels {vq.spec.image_channels}: the datasets give 3 (RGB)"
+            )
         if config.data.cache_tokens:
             raise ValueError("data.cache_tokens is for kind 'maskgil': a tokenizer needs images")
         TokenizerLossWeights(**config.vq_loss.to_dict())
@@ -270,13 +271,13 @@ def make_maskgil_task(config: ConfigDict, mesh: Mesh) -> Task:
 
 
 def make_tokenizer_task(config: ConfigDict, mesh: Mesh) -> Task:
-    """Return the task of training a LlamaGen-VQ on image batches."""
+    """Return the task of training a tokenizer on image batches."""
     vq, weights = build.tokenizer_config(config), TokenizerLossWeights(**config.vq_loss.to_dict())
-    module, (height, width) = LlamaGenVQ(vq), config.data.image_size
+    module, (height, width) = vq.make_module(), config.data.image_size
     vq.spec.grid_size(height, width)
 
     def init(rng):
-        return module.init(rng, jnp.zeros((1, height, width, vq.image_channels)))["params"]
+        return module.init(rng, jnp.zeros((1, height, width, vq.spec.image_channels)))["params"]
 
     def loss_fn(params, batch, rng):
         images = batch["image"]

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from maskgil_jax.convert.inference import SizeReader
 from maskgil_jax.convert.rules import ConversionError, Family, Rule, StateDict, TensorLike
-from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 
 NAME = "llamagen-vq"
 # Far more than any tokenizer has: each level halves the grid.
@@ -117,7 +117,7 @@ def abstract_tree(config: LlamaGenVQConfig) -> dict[str, TensorLike]:
     """Return path -> shape and dtype of every parameter, without computing any."""
     side = config.downsample_factor
     images = jax.ShapeDtypeStruct((1, side, side, config.image_channels), "float32")
-    tree = jax.eval_shape(LlamaGenVQ(config).init, jax.random.key(0), images)["params"]
+    tree = jax.eval_shape(config.make_module().init, jax.random.key(0), images)["params"]
     return flatten_dict(nn.unbox(tree), sep="/")
 
 

@@ -5,9 +5,12 @@ start of the training path) and `decode` (tokens to images, the end of the gener
 """
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -17,6 +20,9 @@ from jaxtyping import Array, Float, Int
 
 # Room for rounding in data scaled to [-1, 1]; anything further out is scaled differently.
 _RANGE_SLACK = 1e-3
+DTYPES = ("float32", "bfloat16")
+# Fields that change how codes are computed, but not what they mean.
+_COMPUTATION = ("dtype", "dropout")
 _SCALING = "scale uint8 images with images.astype('float32') / 127.5 - 1"
 
 
@@ -61,28 +67,133 @@ class TokenizerSpec:
         return height // factor, width // factor
 
 
+class VQOutputs(NamedTuple):
+    """What training a tokenizer needs of one forward pass.
+
+    reconstruction: float32 images, not clipped.
+    tokens: int32 codes of the images.
+    latents: the encoder's latents as the quantiser compared them, with the encoder's gradient.
+    quantized: the nearest codes, with the codebook's gradient only; signs if lookup-free.
+    codebook: all codes as the quantiser compared them, with the codebook's gradient; None if
+        lookup-free.
+    """
+
+    reconstruction: Float[Array, "b H W c"]
+    tokens: Int[Array, "b gh gw"]
+    latents: Float[Array, "b gh gw z"]
+    quantized: Float[Array, "b gh gw z"]
+    codebook: Float[Array, "k z"] | None
+
+
+@runtime_checkable
+class TokenizerConfig(Protocol):
+    """What the configuration of every family offers."""
+
+    family: ClassVar[str]
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What models and datasets must know of this tokenizer."""
+        ...
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TokenizerConfig":
+        """Build a configuration from a dict such as `to_dict` gives."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that survives JSON."""
+        ...
+
+    def make_module(self) -> nn.Module:
+        """Return the Flax module: `images → VQOutputs`, methods `encode` and `decode`."""
+        ...
+
+
+def check_fields(config_type: type, fields: Iterable[str]) -> None:
+    """Raise a `ValueError` that names the nearest field for the first that does not exist."""
+    known = [field.name for field in dataclasses.fields(config_type)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{config_type.__name__} has no field {name!r}; did you mean {near!r}? "
+                f"Fields: {', '.join(known)}"
+            )
+
+
+def check_counts(config: Any, names: Iterable[str]) -> None:
+    """Raise a `ValueError` unless every named field is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def check_widths(channels: int, multipliers: Sequence[int], groups: int) -> None:
+    """Raise a `ValueError` unless the widths of the levels suit their group norms."""
+    if channels % groups:
+        raise ValueError(
+            f"channels is {channels}; it must be a multiple of {groups}, the number of groups of "
+            "the group norms"
+        )
+    if not multipliers or min(multipliers) < 1:
+        raise ValueError(
+            f"channel_multipliers is {multipliers}; give at least one level, each multiplier at "
+            "least 1, such as (1, 1, 2)"
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a `ValueError` unless the nets can compute in this type."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer ready to use: a module with methods `encode` and `decode`, and its parameters.
+    """A tokenizer ready to use: its configuration and its parameters.
 
     Both functions also run inside `jax.jit`, where values cannot be read: there the range checks
     are left to the caller.
     """
 
-    spec: TokenizerSpec
-    module: nn.Module
+    config: TokenizerConfig
     params: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         # Once here, or every call would copy them to the device again.
         object.__setattr__(self, "params", jax.tree.map(jnp.asarray, self.params))
 
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What models and datasets must know of this tokenizer."""
+        return self.config.spec
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """The Flax module that `params` belong to."""
+        return self.config.make_module()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of family, sizes and parameters: what the codes mean, however it is stored."""
+        fields = {k: v for k, v in self.config.to_dict().items() if k not in _COMPUTATION}
+        digest = hashlib.sha256(json.dumps([self.spec.family, fields], sort_keys=True).encode())
+        leaves, _ = jax.tree_util.tree_flatten_with_path(dict(self.params))
+        for path, leaf in leaves:
+            array = np.asarray(leaf)
+            name = "/".join(entry.key for entry in path)
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
     def encode(
         self, images: Array | np.ndarray, *, batch_size: int | None = None
-    ) -> Int[Array, "b gh gw"]:
+    ) -> Int[Array | np.ndarray, "b gh gw"]:
         """Turn float images [b H W c] in [-1, 1] into int32 tokens [b gh gw].
 
-        `batch_size` bounds the memory: that many images are encoded at a time.
+        `batch_size` bounds the memory: that many images are encoded at a time, and the result is
+        a NumPy array.
 
         Raises:
             ValueError: shape, dtype or range of the images does not fit the tokenizer.
@@ -93,10 +204,11 @@ class Tokenizer:
 
     def decode(
         self, tokens: Array | np.ndarray, *, batch_size: int | None = None
-    ) -> Float[Array, "b H W c"]:
+    ) -> Float[Array | np.ndarray, "b H W c"]:
         """Turn tokens [b gh gw] into float32 images [b H W c], near [-1, 1] but not clipped.
 
-        `batch_size` bounds the memory: that many images are decoded at a time.
+        `batch_size` bounds the memory: that many images are decoded at a time, and the result is
+        a NumPy array.
 
         Raises:
             ValueError: shape, dtype or range of the tokens does not fit the tokenizer.
@@ -174,8 +286,11 @@ def _in_batches(
     inputs: Array | np.ndarray,
     dtype: Any,
     batch_size: int | None,
-) -> Array:
-    """Apply a function to slices of the leading axis, all of one shape so that it compiles once."""
+) -> Array | np.ndarray:
+    """Apply a function to slices of the leading axis, all of one shape so that it compiles once.
+
+    Each result leaves the device before the next batch is computed.
+    """
     if batch_size is None:
         return function(jnp.asarray(inputs, dtype))
     if batch_size < 1:
@@ -186,5 +301,5 @@ def _in_batches(
     for start in range(0, max(len(inputs), 1), batch_size):
         batch = jnp.asarray(inputs[start : start + batch_size], dtype)
         padding = [(0, batch_size - len(batch))] + [(0, 0)] * (batch.ndim - 1)
-        outputs.append(function(jnp.pad(batch, padding))[: len(batch)])
-    return jnp.concatenate(outputs)
+        outputs.append(np.asarray(function(jnp.pad(batch, padding)))[: len(batch)])
+    return np.concatenate(outputs)

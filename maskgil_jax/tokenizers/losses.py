@@ -1,6 +1,6 @@
 """Losses that train a vector-quantised tokenizer, and the health of its codebook.
 
-Pure functions of a forward pass (`maskgil_jax.tokenizers.llamagen_vq.VQOutputs`) and the images.
+Pure functions of a forward pass (`maskgil_jax.tokenizers.base.VQOutputs`) and the images.
 Reconstruction alone is l2 or l1; perceptual and adversarial terms are not part of this file.
 
 Reference: van den Oord et al. 2017, equation 3 (codebook and commitment terms); Chang et al. 2022
@@ -12,9 +12,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from maskgil_jax.tokenizers.llamagen_vq import VQOutputs
+from maskgil_jax.tokenizers.base import VQOutputs
 from maskgil_jax.tokenizers.quantizers import squared_distances
 
 RECONSTRUCTIONS = ("l2", "l1")
@@ -134,7 +135,7 @@ def entropy_loss(
     return per_position - of_average
 
 
-def count_codes(tokens: Int[Array, "..."], codebook_size: int) -> Int[Array, "k"]:
+def count_codes(tokens: Int[Array | np.ndarray, "..."], codebook_size: int) -> Int[Array, "k"]:
     """Count how often each code occurs; counts of several batches may be added."""
     return jnp.zeros(codebook_size, jnp.int32).at[tokens.reshape(-1)].add(1)
 
@@ -151,6 +152,6 @@ def usage_of_counts(counts: Int[Array, "k"]) -> Float[Array, ""]:
     return jnp.mean((counts > 0).astype(jnp.float32))
 
 
-def codebook_usage(tokens: Int[Array, "..."], codebook_size: int) -> Float[Array, ""]:
+def codebook_usage(tokens: Int[Array | np.ndarray, "..."], codebook_size: int) -> Float[Array, ""]:
     """Return the share of the codebook that occurs among the tokens, in [0, 1]."""
     return usage_of_counts(count_codes(tokens, codebook_size))

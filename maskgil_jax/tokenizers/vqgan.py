@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of the VQGAN family, NHWC.
 
 The encoder maps images to a latent grid in front of a quantiser; the decoder maps quantised latents
-back to images. Both attend (one head) only at their lowest resolution.
+back to images. Both attend (one head) in their middle and, where the family does, after every block
+of their lowest resolution.
 
 Reference: Esser et al. 2021, "Taming Transformers", and `tokenizer/tokenizer_image/vq_model.py` of
 FoundationVision/LlamaGen, whose weights load into these nets.
@@ -27,22 +28,28 @@ class GroupNorm(nn.Module):
 
     Statistics are reduced per channel first and per group afterwards: the pass over the image then
     keeps channels innermost, which on a CPU takes a third of the time at 256 channels.
+
+    Without `affine` there is no scale and bias, hence no parameter.
     """
 
     num_groups: int = NORM_GROUPS
     epsilon: float = NORM_EPSILON
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
         """Return the normalised input in its own dtype."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         values = x.astype(jnp.float32)
         mean = self._mean_of_groups(values.mean((1, 2)))
         centred = values - mean[:, None, None, :]
         variance = self._mean_of_groups(jnp.square(centred).mean((1, 2)))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale[None].astype(jnp.float32)
+        factor = jax.lax.rsqrt(variance + self.epsilon)
+        if not self.affine:
+            return (centred * factor[:, None, None, :]).astype(x.dtype)
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        factor = factor * scale[None].astype(jnp.float32)
         shift = bias[None, None, None].astype(jnp.float32)
         return (centred * factor[:, None, None, :] + shift).astype(x.dtype)
 
@@ -58,19 +65,25 @@ class ResidualBlock(nn.Module):
     features: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b H W c"], train: bool = False
     ) -> Float[Array, "b H W features"]:
         """Return the input, projected if need be, plus the residual branch."""
-        y = nn.swish(GroupNorm(name="norm1")(x))
-        y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv1")(y)
+
+        def convolve(name: str, side: int, inputs: Array) -> Array:
+            return nn.Conv(
+                self.features, (side, side), use_bias=self.use_bias, dtype=self.dtype, name=name
+            )(inputs)
+
+        y = convolve("conv1", 3, nn.swish(GroupNorm(name="norm1")(x)))
         y = nn.swish(GroupNorm(name="norm2")(y))
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        y = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv2")(y)
+        y = convolve("conv2", 3, y)
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="shortcut")(x)
+            x = convolve("shortcut", 1, x)
         return x + y
 
 
@@ -112,6 +125,7 @@ class Encoder(nn.Module):
     channel_multipliers: Sequence[int]
     num_res_blocks: int
     latent_channels: int
+    level_attention: bool = True
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -129,7 +143,7 @@ class Encoder(nn.Module):
         for level, multiplier in enumerate(self.channel_multipliers):
             for block in range(self.num_res_blocks):
                 x = residual(f"down_{level}_res_{block}", self.channels * multiplier, x)
-                if level == last:
+                if level == last and self.level_attention:
                     x = AttentionBlock(self.dtype, name=f"down_{level}_attn_{block}")(x)
             if level != last:
                 x = nn.Conv(
@@ -157,6 +171,7 @@ class Decoder(nn.Module):
     channel_multipliers: Sequence[int]
     num_res_blocks: int
     image_channels: int
+    level_attention: bool = True
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -177,7 +192,7 @@ class Decoder(nn.Module):
         for level, width in enumerate(widths):
             for block in range(self.num_res_blocks + 1):
                 x = residual(f"up_{level}_res_{block}", width, x)
-                if level == 0:
+                if level == 0 and self.level_attention:
                     x = AttentionBlock(self.dtype, name=f"up_{level}_attn_{block}")(x)
             if level != len(widths) - 1:
                 x = upsample_nearest(x)

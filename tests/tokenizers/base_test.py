@@ -25,9 +25,26 @@ class GreyTokenizer(nn.Module):
         return jnp.broadcast_to(grey * self.get_variable("params", "gain"), (*grey.shape[:3], 3))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GreyConfig:
+    spec: TokenizerSpec = SPEC
+    dtype: str = "float32"
+    family = "grey"
+
+    @classmethod
+    def from_dict(cls, fields):
+        return cls(dtype=fields["dtype"])
+
+    def make_module(self):
+        return GreyTokenizer()
+
+    def to_dict(self):
+        return {"codebook_size": self.spec.codebook_size, "dtype": self.dtype}
+
+
 @pytest.fixture
 def tokenizer():
-    return Tokenizer(spec=SPEC, module=GreyTokenizer(), params={"gain": np.float32(1.0)})
+    return Tokenizer(config=GreyConfig(), params={"gain": np.float32(1.0)})
 
 
 @pytest.fixture
@@ -118,3 +135,24 @@ def test_spec_refuses_what_is_not_allowed(field, value):
     fields = dict(family="x", codebook_size=8, downsample_factor=4, embed_dim=2) | {field: value}
     with pytest.raises(ValueError, match=field):
         TokenizerSpec(**fields)
+
+
+def test_fingerprint_tells_what_codes_mean(tokenizer):
+    assert len(tokenizer.fingerprint) == 64
+    same = Tokenizer(config=GreyConfig(dtype="bfloat16"), params={"gain": jnp.ones(())})
+    assert same.fingerprint == tokenizer.fingerprint
+    others = [
+        Tokenizer(config=GreyConfig(), params={"gain": np.float32(1.0000001)}),
+        Tokenizer(config=GreyConfig(), params={"pain": np.float32(1)}),
+        Tokenizer(config=GreyConfig(), params={"gain": np.ones(1, np.float32)}),
+        Tokenizer(
+            config=GreyConfig(spec=dataclasses.replace(SPEC, family="green")),
+            params={"gain": np.float32(1)},
+        ),
+    ]
+    assert len({tokenizer.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_batches_leave_the_device(tokenizer, images):
+    assert isinstance(tokenizer.encode(images, batch_size=2), np.ndarray)
+    assert isinstance(tokenizer.decode(tokenizer.encode(images), batch_size=2), np.ndarray)

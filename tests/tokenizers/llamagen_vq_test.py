@@ -11,7 +11,8 @@ import pytest
 
 from maskgil_jax.convert import import_state_dict
 from maskgil_jax.tokenizers import vqgan
-from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig, create_tokenizer
+from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 from maskgil_jax.tokenizers.losses import TokenizerLossWeights, tokenizer_loss
 
 SMALL = dict(
@@ -26,7 +27,7 @@ SMALL = dict(
 @pytest.fixture(scope="module")
 def params():
     """Random weights of unit gain; Flax's own initialisation takes far longer to compile."""
-    module, rng = LlamaGenVQ(LlamaGenVQConfig(**SMALL)), np.random.default_rng(0)
+    module, rng = LlamaGenVQConfig(**SMALL).make_module(), np.random.default_rng(0)
 
     def draw(path, leaf):
         name = path[-1].key
@@ -47,7 +48,7 @@ def images():
 @functools.partial(jax.jit, static_argnames=("config", "train"))
 def encode_latents(config, params, images, train=False, seed=0):
     rngs = {"dropout": jax.random.key(seed)}
-    return LlamaGenVQ(config).apply(
+    return config.make_module().apply(
         {"params": params}, images, train, rngs=rngs, method="encode_latents"
     )
 
@@ -56,7 +57,7 @@ def encode_latents(config, params, images, train=False, seed=0):
 def test_matches_the_original_implementation(name):
     golden = goldens_lib.load_golden(name)
     config, params = import_state_dict("llamagen-vq", golden.state_dict)
-    tokenizer = create_tokenizer(config, params)
+    tokenizer = Tokenizer(config=config, params=params)
     side = golden.config["image_size"]
     images = goldens_lib.golden_image((1, side, side, 3), name)
 
@@ -90,15 +91,15 @@ def test_published_sizes(multipliers, factor, millions):
     spec = config.spec
     assert (spec.codebook_size, spec.downsample_factor, spec.embed_dim) == (16384, factor, 8)
     images = jnp.zeros((1, 64, 64, 3))
-    abstract = jax.eval_shape(LlamaGenVQ(config).init, jax.random.key(0), images)["params"]
+    abstract = jax.eval_shape(config.make_module().init, jax.random.key(0), images)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     assert round(count / 1e6, 1) == millions
 
 
 def test_a_forward_pass_agrees_with_encode_and_decode(params, images):
     config = LlamaGenVQConfig(**SMALL)
-    outputs = jax.jit(LlamaGenVQ(config).apply)({"params": params}, images)
-    tokenizer = create_tokenizer(config, params)
+    outputs = jax.jit(config.make_module().apply)({"params": params}, images)
+    tokenizer = Tokenizer(config=config, params=params)
     np.testing.assert_array_equal(outputs.tokens, tokenizer.encode(images))
     decoded = tokenizer.decode(outputs.tokens)
     np.testing.assert_allclose(outputs.reconstruction, decoded, atol=1e-4)
@@ -111,7 +112,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters(params, images
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, atol=0.05 * float(jnp.abs(exact).max()))
     assert not np.array_equal(rounded, exact)
-    abstract = jax.eval_shape(LlamaGenVQ(config).init, jax.random.key(0), images)
+    abstract = jax.eval_shape(config.make_module().init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
 
 
@@ -125,7 +126,7 @@ def test_dropout_acts_in_training_only(params, images):
 
 
 def test_a_few_steps_of_training_learn(params, images):
-    module = LlamaGenVQ(LlamaGenVQConfig(**SMALL))
+    module = LlamaGenVQConfig(**SMALL).make_module()
     # Flat tiles of one token each, eight colours in all: what 32 codes can hold.
     images = vqgan.upsample_nearest(jnp.asarray(np.sign(images[:, ::2, ::2])))
     optimizer = optax.adam(3e-3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maskgil_jax.tokenizers import losses
-from maskgil_jax.tokenizers.llamagen_vq import VQOutputs
+from maskgil_jax.tokenizers.base import VQOutputs
 from maskgil_jax.tokenizers.losses import TokenizerLossWeights, tokenizer_loss
 from maskgil_jax.tokenizers.quantizers import VectorQuantizer
 
