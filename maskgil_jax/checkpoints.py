@@ -17,7 +17,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 FORMAT = "maskgil_jax"
 FORMAT_VERSION = 1
+KINDS = ("tokenizer", "model", "perceptual")
 _PARAMS = "params.safetensors"
 _CONFIG = "config.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -45,7 +46,7 @@ class ModelDir:
     """The contents of a model directory.
 
     Attributes:
-        kind: `"tokenizer"` or `"model"`.
+        kind: `"tokenizer"`, `"model"` or `"perceptual"` (a net that only losses use).
         family: which architecture, e.g. `"llamagen-vq"` or `"maskgil"`.
         config: fields of the architecture's config dataclass.
         params: nested dict of NumPy arrays.
@@ -98,7 +99,7 @@ def write_model_dir(
 
     Args:
         path: directory to create; may exist only if empty.
-        kind: `"tokenizer"` or `"model"`.
+        kind: one of `KINDS`.
         family: which architecture.
         config: JSON-friendly fields of the architecture's config dataclass.
         params: nested dict of arrays.
@@ -107,8 +108,8 @@ def write_model_dir(
     Raises:
         FileExistsError: if `path` already holds something.
     """
-    if kind not in ("tokenizer", "model"):
-        raise ValueError(f"kind {kind!r} is unknown; allowed: 'tokenizer', 'model'")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; allowed: {', '.join(map(repr, KINDS))}")
     flat = traverse_util.flatten_dict(params, sep="/")
     arrays = {key: np.ascontiguousarray(np.asarray(value)) for key, value in flat.items()}
     with new_directory(path) as temporary:
@@ -217,22 +218,29 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._steps, options=options)
 
-    def latest_step(self) -> int | None:
+    def latest_step(self, items: Sequence[str] = ()) -> int | None:
         """Return the newest step that was committed and verified, or `None`.
 
         The first process looks, and all take its answer.
+
+        Args:
+            items: names of the trees that will be read; only their contents are verified then, and
+                that no other file is missing. All of it, if empty.
         """
-        found = self._newest_verified() if self._first or self._manager is None else None
+        found = self._newest_verified(items) if self._first or self._manager is None else None
         if self._manager is None or jax.process_count() == 1:
             return found
         step = multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found))
         return None if step < 0 else int(step)
 
-    def _newest_verified(self) -> int | None:
+    def _newest_verified(self, items: Sequence[str]) -> int | None:
         steps = sorted(int(p.name) for p in self._steps.glob("*") if p.name.isdigit())
         for step in reversed(steps):
-            if step in self._verified or self._find_problem(self._steps / str(step)) is None:
-                self._verified.add(step)
+            if step in self._verified:
+                return step
+            if self._find_problem(self._steps / str(step), items) is None:
+                if not items:
+                    self._verified.add(step)
                 return step
         return None
 
@@ -338,7 +346,7 @@ class Checkpoints:
             (self._manifests / f"{path.name}.json").unlink(missing_ok=True)
             logging.warning("Checkpoint %s is not used (%s); moved to %s", path, problem, target)
 
-    def _find_problem(self, path: pathlib.Path) -> str | None:
+    def _find_problem(self, path: pathlib.Path, items: Sequence[str] = ()) -> str | None:
         manifest = self._manifests / f"{path.name}.json"
         try:
             sums = json.loads(manifest.read_text())
@@ -352,7 +360,8 @@ class Checkpoints:
             actual = {str(p.relative_to(path)) for p in _files(path)}
             if missing := sorted(set(sums) - actual):
                 return f"files are missing: {', '.join(missing[:5])}"
-            changed = [name for name in sorted(sums) if file_sha256(path / name) != sums[name]]
+            read = [name for name in sorted(sums) if not items or name.split("/")[0] in items]
+            changed = [name for name in read if file_sha256(path / name) != sums[name]]
         except OSError as error:
             return f"it cannot be read: {error}"
         return f"contents differ from the manifest: {', '.join(changed[:5])}" if changed else None

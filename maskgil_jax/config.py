@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampler.schedule": "arccos",
         "sampler.schedule_form": "increments",
         "sampler.rescale": True,
+        "sampler.guidance_scale": 2.0,
         "sampler.guidance_schedule": "constant",
         "sampler.temperature": 1.0,
         "sampler.gumbel_temperature": 0.0,
@@ -40,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampler.schedule": "arccos",
         "sampler.schedule_form": "increments",
         "sampler.rescale": False,
+        "sampler.guidance_scale": 3.0,
         "sampler.guidance_schedule": "linear",
         "sampler.temperature": 1.0,
         "sampler.gumbel_temperature": 4.5,
@@ -54,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampler.schedule": "arccos",
         "sampler.schedule_form": "increments",
         "sampler.rescale": True,
+        "sampler.guidance_scale": 2.0,
         "sampler.guidance_schedule": "linear",
         "sampler.temperature": 1.0,
         "sampler.gumbel_temperature": 4.5,
@@ -68,7 +71,8 @@ def default() -> ConfigDict:
     config.preset = "recommended"  # which preset the config started from (for the record)
     config.seed = 0  # seed of parameters, data order, masks and dropout
 
-    model = config.model = ConfigDict()  # the Bidirectional LLaMA; see MaskGILConfig
+    model = config.model = ConfigDict()  # see MaskGILConfig, BidirectionalTransformerConfig
+    model.family = "maskgil"  # maskgil (the Bidirectional LLaMA) | bidirectional-transformer
     model.num_layers = 12
     model.width = 768
     model.num_heads = 12
@@ -110,27 +114,37 @@ def default() -> ConfigDict:
     vq.level_attention = placeholder(bool)  # attention at the lowest resolution, not only mid-net
     vq.dtype = placeholder(str)  # of the convolutions: float32 | bfloat16
 
-    vq_loss = config.vq_loss = ConfigDict()  # see TokenizerLossWeights
+    vq_loss = config.vq_loss = ConfigDict()  # see TokenizerLossWeights, AdversarialConfig
     vq_loss.reconstruction_kind = "l2"  # l2 | l1
     vq_loss.reconstruction = 1.0
-    vq_loss.codebook = 1.0
+    vq_loss.perceptual = 0.0  # weight of LPIPS, the distance of VGG16 features; 0 needs no weights
+    vq_loss.lpips_path = ""  # model directory of its weights; see tools/convert_checkpoint.py
+    vq_loss.codebook = 1.0  # must be 0 where the quantiser is lookup-free
     vq_loss.commitment = 0.25
     vq_loss.entropy = 0.0
     vq_loss.entropy_temperature = 0.01
+    vq_loss.adversarial = 0.0  # weight of the adversarial term; 0 trains without a discriminator
+    vq_loss.adaptive_weight = False  # times the ratio of gradient norms at the decoder's last layer
+    vq_loss.discriminator_start = 20_000  # updates done before the discriminator begins
+    vq_loss.discriminator_loss = "hinge"  # hinge | vanilla
+    vq_loss.discriminator_layers = 3  # convolutions that halve the resolution: patches of 70 pixels
+    vq_loss.discriminator_channels = 64  # width of its first convolution
 
     data = config.data = ConfigDict()
-    data.name = "folder"  # digits | folder | tfds
-    data.path = ""  # folder: root of <split>/<class>/*.JPEG; tfds: data_dir
+    data.name = "folder"  # digits | canvases | folder | tfds | tokens
+    data.path = ""  # folder: root of <split>/<class>/*.JPEG; tfds: data_dir; tokens: their folder
     data.tfds_name = "imagenet2012"  # a prepared TFDS dataset, read without TensorFlow
     data.split = "train"
     data.image_size = (256, 256)  # height and width in pixels
-    data.flip = True  # random horizontal flips
+    data.crop = "center"  # center | random (80 to 100 % of the shorter side) | window (of canvases)
+    data.flip = True  # random horizontal flips; False for tokens, whose crops were chosen before
     data.shift_px = 0.0  # random shifts up to this many pixels
     data.rotation_deg = 0.0  # random rotations up to this angle
     data.scale_range = (1.0, 1.0)  # random scalings
     data.max_bad_images = 0  # unreadable images to replace before giving up
     data.cache_tokens = False  # encode the whole dataset once, into memory, before training
     data.cache_copies = 1  # augmented copies of every image in that cache
+    data.check_records = True  # tokens: read every record once before training
     data.num_threads = 8  # reading threads of each process
     data.prefetch = 2  # batches put on the devices ahead of time
 
@@ -178,7 +192,7 @@ def default() -> ConfigDict:
     sampler.gumbel_temperature = 4.5
 
     report = config.report = ConfigDict()  # what is measured when a run has ended
-    report.name = "none"  # none | digits
+    report.name = "none"  # none | digits | canvases
     report.num_samples = 1000
     report.batch_size = 250
     return config.lock()

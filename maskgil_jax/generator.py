@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from maskgil_jax import checkpoints, config, sharding, workdir
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked
-from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.pictures import to_uint8
 from maskgil_jax.tokenizers.base import Tokenizer, check_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A MaskGIL with its parameters.
+    """A model with its parameters.
 
     Attributes:
         config: architecture.
@@ -36,12 +36,14 @@ class Model:
         run: the configuration of the run that trained it (defaults where it was imported).
     """
 
-    config: MaskGILConfig
+    config: TokenModelConfig
     params: Any
     run: ConfigDict
 
     def logits(
-        self, tokens: Int[Array | np.ndarray, "b gh gw"], labels: Int[Array | np.ndarray, " b"]
+        self,
+        tokens: Integer[Array | np.ndarray, "b gh gw"],
+        labels: Integer[Array | np.ndarray, " b"],
     ) -> Float[Array, "b l v"]:
         """Return float32 logits [b, gh·gw, K+1] of every image token, in raster order.
 
@@ -59,7 +61,9 @@ class Model:
             )
         check_range("token", tokens, self.config.codebook_size + 1)
         check_range("label", labels, self.config.num_classes + 1)
-        return _apply(MaskGIL(self.config), self.params, jnp.asarray(tokens), jnp.asarray(labels))
+        module = self.config.make_module()
+        ids = (jnp.asarray(tokens, jnp.int32), jnp.asarray(labels, jnp.int32))
+        return _apply(module, self.params, *ids)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,17 +80,27 @@ def check_range(name: str, ids: np.ndarray, count: int) -> None:
         raise ValueError(f"{name} {int(wrong.flat[0])} is out of range; allowed: 0 to {count - 1}")
 
 
-def load_tokenizer(path: os.PathLike | str) -> Tokenizer:
+def load_tokenizer(path: os.PathLike | str, *, dtype: str | None = None) -> Tokenizer:
     """Load a tokenizer from a model directory, a run directory, or `asset:NAME`.
 
     Args:
         path: what `tools/convert_checkpoint.py` or a training run of kind `tokenizer` wrote, or
             the name of a tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
+        dtype: type in which its nets compute, `float32` or `bfloat16`; as stored if `None`.
+            Parameters and the quantiser are float32.
 
     Raises:
         FileNotFoundError: if there is neither.
-        ValueError: if the directory holds something else or is damaged.
+        ValueError: if the directory holds something else or is damaged, or for another type.
     """
+    tokenizer = _open_tokenizer(path)
+    if dtype is None:
+        return tokenizer
+    fields = tokenizer.config.to_dict() | {"dtype": dtype}
+    return dataclasses.replace(tokenizer, config=tokenizer.config.from_dict(fields))
+
+
+def _open_tokenizer(path: os.PathLike | str) -> Tokenizer:
     directory = build.resolve_path(str(path))
     if checkpoints.is_model_dir(directory):
         stored = checkpoints.read_model_dir(directory)
@@ -104,7 +118,7 @@ def load_tokenizer(path: os.PathLike | str) -> Tokenizer:
 
 
 def load_model(path: os.PathLike | str) -> Model:
-    """Load a MaskGIL from a model directory or a training run's directory.
+    """Load a model from a model directory or a training run's directory.
 
     Of a run, the newest verified checkpoint is read: the average of the parameters where the run
     keeps one, else the parameters.
@@ -120,11 +134,9 @@ def load_model(path: os.PathLike | str) -> Model:
     if checkpoints.is_model_dir(directory):
         stored = checkpoints.read_model_dir(directory)
         _check_kind(directory, stored.kind, "model")
-        if stored.family != "maskgil":
-            raise ValueError(f"{directory} holds family {stored.family!r}; allowed: 'maskgil'")
-        model = MaskGILConfig.from_dict(stored.config)
-        run = config.preset("released" if model.cond_rope == "table" else "recommended")
-        run.model.update(model.to_dict() | {"grid_size": model.grid_size})
+        model = build.find_model(stored.family).from_dict(stored.config)
+        run = config.preset(model.preset)
+        run.model.update(model.to_dict() | {"family": model.family, "grid_size": model.grid_size})
         params = jax.tree.map(jnp.asarray, stored.params)
         return Model(config=model, params=params, run=run)
     run = workdir.read_run_config(directory)
@@ -141,7 +153,8 @@ def _check_kind(directory: pathlib.Path, kind: str, wanted: str) -> None:
 def _restore_params(directory: pathlib.Path, init: Any) -> Any:
     store = checkpoints.Checkpoints(directory, read_only=True)
     try:
-        step = store.latest_step()
+        # The optimiser's moments, twice as large, are not read.
+        step = store.latest_step(("params", "ema"))
         if step is None:
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
         name = "ema" if "ema" in store.item_names(step) else "params"
@@ -156,7 +169,7 @@ def _restore_params(directory: pathlib.Path, init: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def make_generate_fn(model: MaskGILConfig, sampler: masked.SamplerConfig, mesh: Mesh):
+def make_generate_fn(model: TokenModelConfig, sampler: masked.SamplerConfig, mesh: Mesh):
     """Return the jitted `(params, labels [b], rngs [b]) → tokens [b, gh, gw]`.
 
     The batch is split over the mesh's data axes; every process receives all tokens.
@@ -182,7 +195,7 @@ def make_generate_fn(model: MaskGILConfig, sampler: masked.SamplerConfig, mesh: 
 
 
 def generate_tokens(
-    model: MaskGILConfig,
+    model: TokenModelConfig,
     params: Any,
     labels: Sequence[int] | np.ndarray,
     sampler: masked.SamplerConfig,

@@ -12,10 +12,11 @@ import tiny
 from flax import linen as nn
 from PIL import Image
 
-from maskgil_jax import checkpoints
+from maskgil_jax import checkpoints, load_model
 from maskgil_jax.build import models as build
 from maskgil_jax.sample import parse_labels, sample
 from maskgil_jax.workdir import claim_workdir
+from tools.export_weights import export_weights
 
 
 class NoData:
@@ -29,8 +30,10 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(tokenizer):
+def config(tokenizer, request):
+    """A MaskGIL, or the family by which a test is parametrised."""
     config = tiny.get_config()
+    config.model.family = getattr(request, "param", "maskgil")
     config.tokenizer.path = str(tokenizer)
     return config
 
@@ -56,11 +59,10 @@ def run_dir(config, params, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_dir(config, params, tmp_path_factory):
-    """The same weights as a converter writes them."""
+def model_dir(run_dir, tmp_path_factory):
+    """The same weights as a model directory."""
     path = tmp_path_factory.mktemp("model") / "model"
-    fields = build.model_config(config).to_dict()
-    checkpoints.write_model_dir(path, kind="model", family="maskgil", config=fields, params=params)
+    export_weights(run_dir, path)
     return path
 
 
@@ -121,15 +123,32 @@ def test_every_class_by_default_one_row_each(run_dir, tmp_path):
     assert read_png(tmp_path / "x.png").shape == (2 * 18 + 2, 3 * 18 + 2, 3)
 
 
+@pytest.mark.parametrize("config", build.MODELS, indirect=True)
 def test_model_directory_needs_a_tokenizer_and_gives_the_runs_images(
-    run_dir, model_dir, tokenizer, tmp_path
+    config, run_dir, model_dir, tokenizer, tmp_path
 ):
+    assert checkpoints.read_model_dir(model_dir).family == config.model.family
     with pytest.raises(ValueError, match="--tokenizer"):
         sample(model_dir, tmp_path / "x.png")
     settings = {"labels": [0, 1, 2], "num_steps": 2}
     sample(model_dir, tmp_path / "a.npz", tokenizer=str(tokenizer), **settings)
     sample(run_dir, tmp_path / "b.npz", **settings)
-    np.testing.assert_array_equal(*(read_npz(tmp_path / f)[0] for f in ("a.npz", "b.npz")))
+    images = [read_npz(tmp_path / name)[0] for name in ("a.npz", "b.npz")]
+    np.testing.assert_array_equal(*images)
+    assert len({image.tobytes() for image in images[0]}) == 3
+
+
+@pytest.mark.parametrize("config", build.MODELS, indirect=True)
+def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, model_dir):
+    model, stored = load_model(run_dir), load_model(model_dir)
+    assert stored.config == model.config == build.model_config(config)
+    assert build.model_config(stored.run) == stored.config
+    tokens, labels = np.full((2, 4, 4), 32), np.array([0, 2])
+    logits = np.asarray(model.logits(tokens, labels))
+    assert logits.shape == (2, 16, 33)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+    narrow = stored.logits(tokens.astype(np.uint16), labels.astype(np.uint8))
+    np.testing.assert_array_equal(narrow, logits)
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,16 @@ def train(mesh_name, **model):
     return history, state
 
 
-@pytest.mark.parametrize("mesh_name", [name for name in MESHES if name != "one"])
-def test_four_devices_train_as_one_does(mesh_name):
-    expected, single = train("one")
-    actual, state = train(mesh_name)
+@pytest.mark.parametrize(
+    ("mesh_name", "family"),
+    [
+        *((name, "maskgil") for name in MESHES if name != "one"),
+        *((name, "bidirectional-transformer") for name in ("fsdp", "tensor", "all")),
+    ],
+)
+def test_four_devices_train_as_one_does(mesh_name, family):
+    expected, single = train("one", family=family)
+    actual, state = train(mesh_name, family=family)
     assert expected[3]["loss"] < expected[0]["loss"] - 0.01
     for a, b in zip(actual, expected, strict=True):
         for name in ("loss", "accuracy", "grad_norm", "param_norm", "output_norm"):
@@ -92,9 +98,10 @@ def test_activations_are_constrained_to_the_mesh():
     assert any("tensor<8x17x32xf32>" in line and "fsdp" in line for line in constraints)
 
 
+@pytest.mark.parametrize("family", ["maskgil", "bidirectional-transformer"])
 @pytest.mark.parametrize(("mesh_name", "share"), [("fsdp", 4), ("tensor", 4), ("all", 4)])
-def test_state_is_split_over_the_devices(mesh_name, share):
-    _, state = train(mesh_name)
+def test_state_is_split_over_the_devices(mesh_name, share, family):
+    _, state = train(mesh_name, family=family)
     whole = local = 0
     for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
         whole += leaf.nbytes

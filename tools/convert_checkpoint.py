@@ -1,10 +1,13 @@
-"""Convert checkpoints between PyTorch files and model directories.
+"""Convert checkpoints between PyTorch files and model directories, or look at either.
 
-    python tools/convert_checkpoint.py import --family llamagen-vq --src vq_ds16_c2i.pt --dst DIR
+    python tools/convert_checkpoint.py import --src vq_ds16_c2i.pt --dst DIR
     python tools/convert_checkpoint.py export --src DIR --dst FILE.pt
+    python tools/convert_checkpoint.py inspect --src FILE_OR_DIR
 
-Sizes are inferred from the shapes; what they do not tell is an option. Every problem of a file is
-reported at once, and nothing is written unless all of it fits.
+A source may lie on the Hugging Face hub: `hf://owner/repo/path/in/repo[@revision]`. The family is
+found by the names, shapes and dtypes of all tensors, or given; sizes are inferred from the shapes;
+what neither tells is an option. Every problem of a file is reported at once, and nothing is written
+unless all of it fits.
 """
 
 import argparse
@@ -12,16 +15,31 @@ import contextlib
 import logging
 import math
 import re
+import signal
 import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from maskgil_jax import convert
 from maskgil_jax.checkpoints import file_sha256, read_model_dir, write_model_dir
-from maskgil_jax.convert.files import SUFFIXES, check_suffix, open_checkpoint, write_checkpoint
+from maskgil_jax.convert.files import (
+    INDEX,
+    SUFFIXES,
+    Checkpoint,
+    check_target,
+    open_checkpoint,
+    parse_source,
+    write_checkpoint,
+)
+from maskgil_jax.convert.rules import ConversionError
 
-_OPTIONS = ("num_heads", "grid_size", "cond_rope", "qk_norm", "post_norm")
+_OPTIONS = ("num_heads", "num_classes", "grid_size", "cond_rope", "qk_norm", "post_norm", "widen")
+_STOPPED = 128 + signal.SIGTERM
 
 
 def parse_grid(text: str) -> tuple[int, int]:
@@ -33,38 +51,95 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of both commands."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    files = f"one of {', '.join(SUFFIXES)}"
+    written = f"one of {', '.join(SUFFIXES)}"
+    read = f"{', '.join((*SUFFIXES, INDEX))}, or hf://owner/repo/path[@revision]"
 
     add = commands.add_parser("import", help="PyTorch file -> model directory").add_argument
-    add("--family", required=True, choices=convert.FAMILIES, help="whose checkpoint it is")
-    add("--src", required=True, type=Path, help=f"checkpoint file, {files}")
+    add("--src", required=True, help=f"checkpoint file: {read}")
     add("--dst", required=True, type=Path, help="model directory to create")
+    add("--heads", help="second file, of the family lpips: the heads beside --src's VGG16")
+    _add_file_options(add)
+
+    add = commands.add_parser("export", help="model directory -> PyTorch file").add_argument
+    add("--src", required=True, type=Path, help="model directory")
+    add("--dst", required=True, type=Path, help=f"file to create, {written}")
+
+    command = commands.add_parser("inspect", help="say what a file or model directory holds")
+    command.add_argument("--src", required=True, help=f"model directory, or {read}")
+    _add_file_options(command.add_argument)
+    return parser
+
+
+def _add_file_options(add: Any) -> None:
+    """Add what tells more about a checkpoint file than it tells itself."""
+    add("--family", choices=convert.FAMILIES, help="whose checkpoint it is (default: the one fit)")
     add("--sha256", help="refuse the file unless it has this SHA-256")
+    add(
+        "--widen",
+        action="store_true",
+        default=None,
+        help="take float16 and bfloat16 tensors as the float32 of the same values",
+    )
     add("--num_heads", type=int, help="attention heads, where the size is no published one")
-    add("--grid_size", type=parse_grid, help="rows x columns of tokens (default 16x16)")
+    add("--num_classes", type=int, help="classes, where codes and classes share one table")
+    add("--grid_size", type=parse_grid, help="rows x columns of tokens, where not 16x16 or square")
     add("--cond_rope", choices=("zero", "identity"), help="rotary row of the class token")
     add("--qk_norm", choices=("layer", "rms"), help="kind of the query and key norms in the file")
     add("--post_norm", choices=("layer", "rms"), help="kind of the post-norms in the file")
 
-    add = commands.add_parser("export", help="model directory -> PyTorch file").add_argument
-    add("--src", required=True, type=Path, help="model directory")
-    add("--dst", required=True, type=Path, help=f"file to create, {files}")
-    return parser
+
+def _given_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+
+
+@contextlib.contextmanager
+def _open_source(args: argparse.Namespace) -> Iterator[tuple[str, Checkpoint]]:
+    """Open a checkpoint file as one of the family given, or else of the one that fits.
+
+    Yields:
+        The family's name and the checkpoint.
+    """
+    source, name = parse_source(args.src), args.family
+    if name is None:
+        with open_checkpoint(
+            source, wrappers=convert.all_wrappers(), sha256=args.sha256
+        ) as checkpoint:
+            name = convert.detect_family(checkpoint.state_dict, **_given_options(args)).family
+            if checkpoint.weights_under in (*convert.find_family(name).wrappers[:1], ""):
+                yield name, checkpoint
+                return
+    # The family may prefer another entry of the file than the first that any family knows.
+    wrappers = convert.find_family(name).wrappers
+    with open_checkpoint(source, wrappers=wrappers, sha256=args.sha256) as checkpoint:
+        yield name, checkpoint
+
+
+@contextlib.contextmanager
+def _open_heads(args: argparse.Namespace) -> Iterator[Checkpoint | None]:
+    """Open the second file of a checkpoint, if there is one."""
+    if not args.heads:
+        yield None
+        return
+    wrappers = convert.find_family(args.family).wrappers
+    with open_checkpoint(parse_source(args.heads), wrappers=wrappers) as checkpoint:
+        _print_file(args.heads, checkpoint)
+        yield checkpoint
 
 
 def import_checkpoint(args: argparse.Namespace) -> None:
     """Convert a PyTorch file into a model directory."""
-    family = convert.find_family(args.family)
     if args.dst.exists() and (not args.dst.is_dir() or any(args.dst.iterdir())):
         raise FileExistsError(f"{args.dst} exists and is not empty; choose another path")
-    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    with open_checkpoint(args.src, wrappers=family.wrappers, sha256=args.sha256) as checkpoint:
-        print(f"{args.src}: sha256 {checkpoint.sha256}")
-        print(f"weights under: {checkpoint.weights_under or '(top level)'}")
-        config, params = convert.import_state_dict(args.family, checkpoint.state_dict, **options)
+    if args.heads and args.family != "lpips":
+        raise ValueError(f"--heads {args.heads} is for --family lpips, whose weights are two files")
+    with _open_source(args) as (name, checkpoint), _open_heads(args) as heads:
+        _print_file(args.src, checkpoint)
+        state = _join(checkpoint, heads)
+        config, params = convert.import_state_dict(name, state, **_given_options(args))
+    family = convert.find_family(name)
     write_model_dir(
         args.dst,
         kind=family.kind,
@@ -72,29 +147,92 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         config=config.to_dict(),
         params=params,
         source={
-            "file": args.src.name,
+            "file": args.src if "://" in args.src else Path(args.src).name,
             "sha256": checkpoint.sha256,
             "weights_under": checkpoint.weights_under,
-            "converted_from": args.family,
+            "converted_from": name,
+            **({"heads_sha256": heads.sha256} if heads else {}),
         },
     )
-    _print_summary(args.family, config, params)
+    _print_summary(name, config.to_dict(), params)
     print(f"wrote {args.dst}")
+
+
+def _join(checkpoint: Checkpoint, heads: Checkpoint | None) -> Mapping[str, Any]:
+    """Return the tensors of both files, none of which may be in both."""
+    if heads is None:
+        return checkpoint.state_dict
+    if both := sorted(checkpoint.state_dict.keys() & heads.state_dict.keys()):
+        raise ConversionError(
+            f"{len(both)} tensors are in --src and in --heads too: {', '.join(both[:5])}; give the "
+            "file of VGG16 and that of the heads"
+        )
+    return {**checkpoint.state_dict, **heads.state_dict}
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
     """Convert a model directory into a PyTorch file."""
-    check_suffix(args.dst)
+    check_target(args.dst)
     if args.dst.exists():
         raise FileExistsError(f"{args.dst} exists; choose another path or remove it")
     source = read_model_dir(args.src)
     name, config = convert.choose_family(source.family, source.config)
     state = convert.export_state_dict(name, config, source.params)
     write_checkpoint(args.dst, state, wrapper=convert.find_family(name).export_wrapper)
-    _print_summary(name, config, source.params)
+    _print_summary(name, config.to_dict(), source.params)
     print(f"wrote {args.dst}: sha256 {file_sha256(args.dst)}")
     if flags := _import_flags(name, config):
         print(f"the file does not tell everything; import it with: --family {name} {flags}")
+
+
+def inspect_source(args: argparse.Namespace) -> None:
+    """Print what a checkpoint file or a model directory holds, and what does not fit."""
+    if "://" not in args.src and Path(args.src).is_dir():
+        _inspect_directory(args)
+        return
+    options = _given_options(args)
+    wrappers = convert.find_family(args.family).wrappers if args.family else convert.all_wrappers()
+    with open_checkpoint(
+        parse_source(args.src), wrappers=wrappers, sha256=args.sha256
+    ) as checkpoint:
+        _print_file(args.src, checkpoint)
+        _print_tensors(checkpoint.state_dict)
+        if args.family is None:
+            fit = convert.detect_family(checkpoint.state_dict, **options)
+        else:
+            fit = convert.fit_family(args.family, checkpoint.state_dict, **options)
+        if fit.problems:
+            raise ConversionError(f"the file is not of the family {args.family}:", fit.problems)
+        family = convert.find_family(fit.family)
+        _, notes = convert.prepare_state_dict(family, checkpoint.state_dict)
+    print(*notes, sep="\n", end="\n" if notes else "")
+    guessed = [name for name in family.options if name not in options]
+    sizes = {k: v for k, v in fit.config.to_dict().items() if k not in guessed}
+    template = family.abstract_tree(fit.config)
+    _print_summary(fit.family, sizes, template)
+    for name in guessed:
+        needed = "an import needs" if name in fit.untold else "an import may be given"
+        print(f"the shapes do not tell {name}: {needed} --{name}")
+
+
+def _inspect_directory(args: argparse.Namespace) -> None:
+    """Print what a model directory holds, and which layout an export would have."""
+    if given := [*_given_options(args), *(n for n in ("family", "sha256") if getattr(args, n))]:
+        raise ValueError(
+            f"{args.src} is a model directory, which tells everything itself; leave out "
+            + ", ".join(f"--{name}" for name in given)
+        )
+    found = read_model_dir(args.src)
+    path = Path(args.src) / "params.safetensors"
+    print(f"{args.src}: model directory, {path.name} sha256 {file_sha256(path)}")
+    for name, value in found.source.items():
+        print(f"source {name}: {value}")
+    _print_tensors(flatten_dict(found.params, sep="/"))
+    print(f"kind: {found.kind}")
+    _print_summary(found.family, found.config, found.params)
+    name, config = convert.choose_family(found.family, found.config)
+    convert.export_state_dict(name, config, found.params)
+    print(f"an export has the layout of {name}")
 
 
 def _import_flags(family: str, config: Any) -> str:
@@ -109,9 +247,24 @@ def _import_flags(family: str, config: Any) -> str:
     return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
-def _print_summary(family: str, config: Any, params: Mapping[str, Any]) -> None:
+def _print_file(source: str, checkpoint: Checkpoint) -> None:
+    print(f"{source}: sha256 {checkpoint.sha256}")
+    if len(checkpoint.files) > 1:
+        for name, digest in checkpoint.files.items():
+            print(f"  {name}: sha256 {digest}")
+    print(f"weights under: {checkpoint.weights_under or '(top level)'}")
+
+
+def _print_tensors(state: Mapping[str, Any]) -> None:
+    dtypes = Counter(str(tensor.dtype) for tensor in state.values())
+    listed = ", ".join(f"{dtype} ({count})" for dtype, count in sorted(dtypes.items()))
+    elements = sum(math.prod(tensor.shape) for tensor in state.values())
+    print(f"tensors: {len(state)}, {elements:,} elements, dtypes {listed or 'none'}")
+
+
+def _print_summary(family: str, sizes: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     print(f"family: {family}")
-    print("sizes: " + ", ".join(f"{name} {value}" for name, value in config.to_dict().items()))
+    print("sizes: " + ", ".join(f"{name} {value}" for name, value in sizes.items()))
     print(f"parameters: {_count_parameters(params):,}")
 
 
@@ -136,13 +289,30 @@ def _print_log() -> Iterator[None]:
         logger.propagate = True
 
 
+@contextlib.contextmanager
+def _stop_cleanly() -> Iterator[None]:
+    """Leave by an exception at SIGTERM, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_STOPPED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit status, 1 after a refusal with its reason on stderr."""
     args = build_parser().parse_args(arguments)
-    command = {"import": import_checkpoint, "export": export_checkpoint}[args.command]
+    commands = {
+        "import": import_checkpoint,
+        "export": export_checkpoint,
+        "inspect": inspect_source,
+    }
     try:
-        with _print_log():
-            command(args)
+        with _print_log(), _stop_cleanly():
+            commands[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,8 @@ def export_weights(run_dir: str, dst: str) -> None:
         kind = "tokenizer"
     else:
         model = generator.load_model(run_dir)
-        family, config, params, kind = "maskgil", model.config.to_dict(), model.params, "model"
+        family, config, params = model.config.family, model.config.to_dict(), model.params
+        kind = "model"
     checkpoints.write_model_dir(
         dst, kind=kind, family=family, config=config, params=params, source=source
     )

@@ -1,5 +1,6 @@
 """From a validated configuration to models, tokenizers and samplers."""
 
+import dataclasses
 import importlib.resources
 import pathlib
 from collections.abc import Callable
@@ -8,23 +9,56 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from maskgil_jax import config as schema
 from maskgil_jax.decoding.masked import SamplerConfig
 from maskgil_jax.masking import check_choice
-from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
-from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec, check_fields
+from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.bert import BidirectionalTransformerConfig
+from maskgil_jax.models.maskgil import MaskGILConfig
+from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 from maskgil_jax.tokenizers.maskgit_vq import MaskGITVQConfig
+from maskgil_jax.tokenizers.open_magvit2 import OpenMAGVIT2Config
 
 TOKENIZERS: dict[str, type[TokenizerConfig]] = {
-    config.family: config for config in (LlamaGenVQConfig, MaskGITVQConfig, ChameleonVQConfig)
+    config.family: config
+    for config in (LlamaGenVQConfig, MaskGITVQConfig, ChameleonVQConfig, OpenMAGVIT2Config)
+}
+MODELS: dict[str, type[TokenModelConfig]] = {
+    config.family: config for config in (MaskGILConfig, BidirectionalTransformerConfig)
 }
 ASSET = "asset:"
 
 
-def model_config(config: ConfigDict) -> MaskGILConfig:
-    """Return the model section, validated."""
-    return MaskGILConfig(**config.model.to_dict())
+def find_model(family: str) -> type[TokenModelConfig]:
+    """Return the configuration class of a model family.
+
+    Raises:
+        ValueError: if there is no such family.
+    """
+    check_choice("model family", family, tuple(MODELS))
+    return MODELS[family]
+
+
+def model_config(config: ConfigDict) -> TokenModelConfig:
+    """Return the model section, validated.
+
+    Raises:
+        ValueError: if the family is unknown, a value is not allowed, or a field that the family
+            lacks differs from what the configuration's preset gives it.
+    """
+    fields = config.model.to_dict()
+    family = find_model(fields.pop("family"))
+    known = {field.name for field in dataclasses.fields(family)}
+    unset = schema.preset(config.preset).model
+    for name, value in fields.items():
+        if name not in known and value != unset[name]:
+            raise ValueError(
+                f"model.{name} {value!r} has no meaning for model.family "
+                f"{family.family!r}; leave it at {unset[name]!r}"
+            )
+    return family(**{name: value for name, value in fields.items() if name in known})
 
 
 def sampler_config(config: ConfigDict, **changes: Any) -> SamplerConfig:
@@ -62,7 +96,11 @@ def tokenizer_config(config: ConfigDict) -> TokenizerConfig:
     """
     fields = {name: value for name, value in config.vq.to_dict().items() if value is not None}
     family = find_tokenizer(fields.pop("family"))
-    check_fields(family, fields)
+    known = {field.name for field in dataclasses.fields(family)}
+    if strangers := [f"vq.{name} {fields[name]!r}" for name in fields if name not in known]:
+        raise ValueError(
+            f"{', '.join(strangers)} has no meaning for vq.family {family.family!r}; leave it unset"
+        )
     return family.from_dict(fields)
 
 
@@ -124,9 +162,9 @@ def check_fit(config: ConfigDict, spec: TokenizerSpec, num_classes: int | None) 
         raise ValueError("model, tokenizer and data do not fit: " + "; ".join(problems))
 
 
-def training_apply(config: MaskGILConfig) -> Callable[..., Any]:
+def training_apply(config: TokenModelConfig) -> Callable[..., Any]:
     """Return `(params, tokens, labels, dropout_rng) → (logits, output_norm)` with dropout on."""
-    module = MaskGIL(config)
+    module = config.make_module()
 
     def apply(params, tokens, labels, dropout_rng):
         logits, variables = module.apply(
@@ -142,9 +180,9 @@ def training_apply(config: MaskGILConfig) -> Callable[..., Any]:
     return apply
 
 
-def logits_fn(config: MaskGILConfig, grid_size: tuple[int, int] | None = None):
+def logits_fn(config: TokenModelConfig, grid_size: tuple[int, int] | None = None):
     """Return `(params, tokens [b, l], labels) → logits [b, l, v]`, what the decoder calls."""
-    module = MaskGIL(config)
+    module = config.make_module()
     gh, gw = grid_size or config.grid_size
 
     def apply(params, tokens, labels):
@@ -153,12 +191,12 @@ def logits_fn(config: MaskGILConfig, grid_size: tuple[int, int] | None = None):
     return apply
 
 
-def init_model(config: MaskGILConfig) -> Callable[[Any], Any]:
+def init_model(config: TokenModelConfig) -> Callable[[Any], Any]:
     """Return `rng → params`, boxed with their logical axis names."""
     gh, gw = config.grid_size
 
     def init(rng):
         tokens, labels = jnp.zeros((1, gh, gw), jnp.int32), jnp.zeros((1,), jnp.int32)
-        return MaskGIL(config).init(rng, tokens, labels)["params"]
+        return config.make_module().init(rng, tokens, labels)["params"]
 
     return init

@@ -5,23 +5,33 @@ here runs a model, and importing this package loads neither torch nor jax.
 """
 
 import difflib
+import functools
 import importlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from maskgil_jax.convert.rules import (
     ConversionError,
     Family,
+    Plan,
     StateDict,
+    UntoldError,
     export_tree,
     import_tree,
+    is_narrow,
 )
 
 _MODULES = {
     "llamagen-vq": "llamagen_vq",
+    "maskgit-vq": "maskgit_vq",
+    "chameleon-vq": "chameleon_vq",
+    "open-magvit2": "open_magvit2",
+    "lpips": "lpips",
     "maskgil": "maskgil",
     "maskgil-released": "maskgil_released",
+    "bidirectional-transformer": "bidirectional_transformer",
 }
 FAMILIES = tuple(_MODULES)
 _log = logging.getLogger(__name__)
@@ -30,9 +40,13 @@ __all__ = [
     "FAMILIES",
     "ConversionError",
     "Family",
+    "Fit",
+    "all_wrappers",
     "choose_family",
+    "detect_family",
     "export_state_dict",
     "find_family",
+    "fit_family",
     "import_state_dict",
 ]
 
@@ -86,32 +100,55 @@ def _differing_fields(family: Family, config: Any) -> list[str]:
     ]
 
 
-def _strip_prefixes(family: Family, state: StateDict) -> dict[str, Any]:
+def _strip_prefixes(family: Family, state: StateDict) -> tuple[dict[str, Any], list[str]]:
     """Remove what training wrappers put in front of every key, e.g. `module.`."""
-    stripped = dict(state)
+    stripped, notes = dict(state), []
     while found := [
         p for p in family.prefixes if stripped and all(k.startswith(p) for k in stripped)
     ]:
-        _log.info("removed the prefix %r from every key", found[0])
+        notes.append(f"removed the prefix {found[0]!r} from every key")
         stripped = {key.removeprefix(found[0]): value for key, value in stripped.items()}
-    return stripped
+    return stripped, notes
 
 
-def _drop_buffers(family: Family, state: dict[str, Any]) -> dict[str, Any]:
-    for key in sorted(family.dropped.keys() & state.keys()):
-        _log.info("ignored the buffer %s, which holds no weights", key)
-    return {key: value for key, value in state.items() if key not in family.dropped}
+def _drop(family: Family, state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Remove buffers without weights and what belongs to training alone."""
+    buffers = sorted(family.dropped.keys() & state.keys())
+    notes = [f"ignored the buffer {key}, which holds no weights" for key in buffers]
+    kept = {key: value for key, value in state.items() if key not in family.dropped}
+    for prefix in family.dropped_prefixes:
+        if count := sum(key.startswith(prefix) for key in kept):
+            notes.append(f"ignored {count} tensors under {prefix!r}, which only training needs")
+            kept = {key: value for key, value in kept.items() if not key.startswith(prefix)}
+    return kept, notes
+
+
+def prepare_state_dict(family: Family, state_dict: StateDict) -> tuple[dict[str, Any], list[str]]:
+    """Bring a state dict under the names of a family's table, without reading a tensor.
+
+    Returns:
+        The state dict, and notes that tell what was removed and renamed.
+    """
+    state, notes = _strip_prefixes(family, state_dict)
+    if family.renames is not None:
+        state, note = family.renames(state)
+        notes += [note] if note else []
+    state, removed = _drop(family, state)
+    return state, notes + removed
 
 
 def import_state_dict(
-    family: str, state_dict: StateDict, **options: Any
+    family: str, state_dict: StateDict, *, widen: bool = False, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Convert a PyTorch state dict into a config and a nested dict of NumPy arrays.
 
     Args:
         family: one of `FAMILIES`.
         state_dict: torch key -> array, or anything with `shape` and `dtype` that `np.asarray`
-            reads: nothing is read before every key, shape and dtype is known to fit.
+            reads (not PyTorch's own bfloat16 tensors: give their `.float()`): nothing is read
+            before every key, shape and dtype is known to fit.
+        widen: whether to take float16 and bfloat16 tensors too, as the float32 of the same value;
+            how many there were is logged.
         **options: what shapes do not tell, e.g. `num_heads=` and `grid_size=` for MaskGIL.
 
     Returns:
@@ -128,10 +165,104 @@ def import_state_dict(
     if strangers:
         allowed = ", ".join(known.options) or "none"
         raise ValueError(f"{family} has no option {', '.join(strangers)}; its options: {allowed}")
-    state = _drop_buffers(known, _strip_prefixes(known, state_dict))
+    state, notes = prepare_state_dict(known, state_dict)
+    for note in notes:
+        _log.info("%s", note)
     config = known.infer_config(state, **options)
-    leaves = import_tree(known, state, known.abstract_tree(config))
+    leaves = import_tree(_plan(family, config), state, widen=widen)
+    if widen:
+        count = sum(map(is_narrow, state.values()))
+        _log.info("widened %d of %d tensors to float32, exactly", count, len(state))
     return config, unflatten_dict(leaves, sep="/")
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(family: str, config: Any) -> Plan:
+    known = find_family(family)
+    return Plan.make(known, known.abstract_tree(config))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a state dict fits a family.
+
+    Attributes:
+        family: its name.
+        config: with sizes inferred from the shapes, and options in `untold` made up; None if they
+            cannot be inferred.
+        untold: options that shapes do not tell and that have to be given.
+        problems: everything that does not fit; empty if the state dict is of this family.
+    """
+
+    family: str
+    config: Any
+    untold: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def fit_family(family: str, state_dict: StateDict, *, widen: bool = False, **options: Any) -> Fit:
+    """Hold a state dict against a family without reading a tensor.
+
+    Args:
+        family: one of `FAMILIES`.
+        state_dict: as for `import_state_dict`.
+        widen: as for `import_state_dict`.
+        **options: as for `import_state_dict`; those that the family does not have are left out.
+    """
+    known = find_family(family)
+    state, _ = prepare_state_dict(known, state_dict)
+    given = {name: value for name, value in options.items() if name in known.options}
+    untold: tuple[str, ...] = ()
+    config = None
+    try:
+        while config is None:
+            try:
+                config = known.infer_config(state, **given)
+            except UntoldError as error:
+                if error.option in given:
+                    raise
+                untold += (error.option,)
+                given[error.option] = error.stand_in
+        _plan(family, config).check(state, widen=widen)
+    except ConversionError as error:
+        return Fit(family, config, untold, error.problems or (str(error),))
+    return Fit(family, config, untold, ())
+
+
+def detect_family(state_dict: StateDict, *, widen: bool = False, **options: Any) -> Fit:
+    """Find the one family that a state dict fits, by the names, shapes and dtypes of all tensors.
+
+    The arguments are as for `fit_family`.
+
+    Raises:
+        ConversionError: none fits, and what is wrong for the nearest; or several do.
+    """
+    fits = [fit_family(family, state_dict, widen=widen, **options) for family in FAMILIES]
+    fitting = [fit for fit in fits if not fit.problems]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(fit.family for fit in fitting)
+        raise ConversionError(f"several families fit: {names}; say which (--family)")
+    if not widen and any(map(is_narrow, state_dict.values())):
+        wider = [fit_family(known, state_dict, widen=True, **options) for known in FAMILIES]
+        if would := [fit.family for fit in wider if not fit.problems]:
+            raise ConversionError(
+                f"{', '.join(would)} would fit, but tensors are float16 or bfloat16 in place of "
+                "float32; to take them as float32 of the same values, give widen (--widen)"
+            )
+    # A family whose very sizes cannot be inferred is further away than one of wrong tensors.
+    nearest = min(fits, key=lambda fit: (fit.config is None, len(fit.problems)))
+    raise ConversionError(
+        f"no family fits; tried: {', '.join(FAMILIES)}. The nearest is {nearest.family}, of which "
+        "this is wrong:",
+        nearest.problems,
+    )
+
+
+def all_wrappers() -> tuple[str, ...]:
+    """Return the entries that hold the weights in the files of any family."""
+    return tuple(dict.fromkeys(w for name in FAMILIES for w in find_family(name).wrappers))
 
 
 def export_state_dict(family: str, config: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,4 +285,4 @@ def export_state_dict(family: str, config: Any, params: Mapping[str, Any]) -> di
     if differing:
         raise ConversionError(f"the layout of {family} cannot hold this model:", differing)
     leaves = flatten_dict(params, sep="/")
-    return export_tree(known, leaves, known.abstract_tree(config))
+    return export_tree(known, _plan(family, config), leaves)

@@ -10,7 +10,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.rules import ConversionError, Family, Rule, StateDict, TensorLike
+from maskgil_jax.convert.rules import (
+    ConversionError,
+    Family,
+    Rule,
+    StateDict,
+    TensorLike,
+    UntoldError,
+)
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.models.sizes import SIZES
 
@@ -78,15 +85,26 @@ def find_heads(sizes: dict[str, int], num_heads: int | None) -> int:
     """Return the number of heads given, or else that of the published size.
 
     Raises:
-        ConversionError: the size is not a published one and no number was given.
+        UntoldError: the size is not a published one and no number was given.
     """
     size = sizes["num_layers"], sizes["width"]
     if num_heads is None and size not in PUBLISHED_HEADS:
-        raise ConversionError(
+        raise UntoldError(
             f"the shapes do not tell the number of heads, and {size[0]} layers of width {size[1]} "
-            f"are no published size {sorted(PUBLISHED_HEADS)}; give num_heads (--num_heads)"
+            f"are no published size {sorted(PUBLISHED_HEADS)}; give num_heads (--num_heads)",
+            option="num_heads",
+            stand_in=1,
         )
     return PUBLISHED_HEADS[size] if num_heads is None else num_heads
+
+
+def read_heads(state: StateDict, width: int) -> int | None:
+    """Return the number of heads that the width of the query norm gives, if there is one."""
+    tensor = state.get("layers.0.attention.q_norm.weight")
+    shape: tuple[int, ...] = getattr(tensor, "shape", ())
+    if len(shape) != 1 or shape[0] < 1 or width % shape[0]:
+        return None
+    return width // int(shape[0])
 
 
 def build_config(name: str, **fields: Any) -> MaskGILConfig:
@@ -109,7 +127,8 @@ def infer_config(
     """Infer the config of a MaskGIL in the paper's layout from the shapes of its state dict.
 
     Args:
-        num_heads: needed where (layers, width) is no published size.
+        num_heads: needed where (layers, width) is no published size and there are no query norms,
+            whose width tells it.
         grid_size: rows and columns of the token grid; shapes do not tell it.
         cond_rope: "zero" as the LlamaGen code computes it, or "identity".
         qk_norm: "layer" or "rms"; by default "layer" if the file has such tensors.
@@ -123,12 +142,13 @@ def infer_config(
     rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
     classes = read.size("number of classes", (r"cls_embedding\.embedding_table\.weight", 0))
     read.finish()
+    heads = read_heads(state, sizes["width"]) if num_heads is None else num_heads
     has_qk_norm = any(".attention.q_norm." in key or ".attention.k_norm." in key for key in state)
     has_post_norm = any("_post_norm." in key for key in state)
     return build_config(
         NAME,
         **sizes,
-        num_heads=find_heads(sizes, num_heads),
+        num_heads=find_heads(sizes, heads),
         codebook_size=rows - 1,
         num_classes=classes - 1,
         grid_size=grid_size,

@@ -1,10 +1,12 @@
 """Rule tables between PyTorch state dicts and Flax parameter trees, the same for both directions.
 
 A rule is three strings. The torch key and the tree path may hold placeholders: `{i}` is a number,
-`{c:norm1|norm2}` one of the listed words. The layout names the axes of the Flax leaf and how the
-torch tensor arranges them, `"n e t h d -> (t h d) e"`; parentheses flatten axes into one. An axis
-that the right side does not name is indexed by the placeholder of the same name in the key, so
-`layers.{n}.feed_forward.{g:w1|w3}.weight` with `"n e g f -> f e"` stacks 2·n tensors in one leaf.
+`{c:norm1|norm2}` one of the listed words; `{~i}` in a path is the number i of the key counted from
+the tree's last one, for layouts that number levels the other way round. The layout names the axes
+of the Flax leaf and how the torch tensor arranges them, `"n e t h d -> (t h d) e"`; parentheses
+flatten axes into one. An axis that the right side does not name is indexed by the placeholder of
+the same name in the key, so `layers.{n}.feed_forward.{g:w1|w3}.weight` with `"n e g f -> f e"`
+stacks 2·n tensors in one leaf.
 
 `plan_slots` lays a table over the abstract tree of a model: torch key -> `Slot`, the part of a leaf
 which that tensor fills. Import and export both walk the plan, hence each is the other's inverse.
@@ -27,6 +29,19 @@ class ConversionError(ValueError):
     def __init__(self, summary: str, problems: tuple[str, ...] | list[str] = ()):
         self.problems = tuple(problems)
         super().__init__("\n  ".join([summary, *self.problems]))
+
+
+class UntoldError(ConversionError):
+    """The shapes fit but do not tell `option`, which has to be given.
+
+    Attributes:
+        option: its name.
+        stand_in: a value that makes the same shapes, to compare them without knowing the true one.
+    """
+
+    def __init__(self, summary: str, *, option: str, stand_in: Any):
+        super().__init__(summary)
+        self.option, self.stand_in = option, stand_in
 
 
 def show_name(name: object) -> str:
@@ -52,7 +67,8 @@ class TensorLike(Protocol):
 
 
 StateDict = Mapping[str, Any]
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::([\w|]+))?\}")
+_PLACEHOLDER = re.compile(r"\{(~?)(\w+)(?::([\w|]+))?\}")
+_NARROW = ("float16", "bfloat16")
 # Four digits are more than any model has layers, and keep a hostile key from naming a huge one.
 _NUMBER = r"0|[1-9]\d{0,3}"
 
@@ -61,7 +77,7 @@ def _compile_pattern(pattern: str) -> re.Pattern[str]:
     """Turn a pattern with placeholders into a regular expression with named groups."""
     parts, end = [], 0
     for match in _PLACEHOLDER.finditer(pattern):
-        name, words = match.groups()
+        _, name, words = match.groups()
         parts += [re.escape(pattern[end : match.start()]), f"(?P<{name}>{words or _NUMBER})"]
         end = match.end()
     return re.compile("".join([*parts, re.escape(pattern[end:])]))
@@ -73,7 +89,7 @@ class Rule:
 
     Raises:
         ValueError: the layout names an axis twice, or one that the leaf does not have, or leaves
-            out one that the key does not index.
+            out one that the key does not index; or the key counts from the last.
     """
 
     key: str
@@ -84,6 +100,8 @@ class Rule:
         used = [*itertools.chain(*self.torch_axes), *self.indexed_axes]
         if sorted(used) != sorted(self.leaf_axes) or len(set(used)) != len(used):
             raise ValueError(f"layout {self.layout!r} of {self.key!r}: every axis exactly once")
+        if "{~" in self.key:
+            raise ValueError(f"{self.key!r}: it is the path that counts from the last")
         unbound = set(self.indexed_axes) - set(self.words)
         if unbound:
             raise ValueError(f"layout {self.layout!r}: {self.key!r} does not index {unbound}")
@@ -109,7 +127,14 @@ class Rule:
     def words(self) -> dict[str, list[str] | None]:
         """Placeholders of the key: the words that each may be, or None for a number."""
         found = _PLACEHOLDER.findall(self.key)
-        return {name: words.split("|") if words else None for name, words in found}
+        return {name: words.split("|") if words else None for _, name, words in found}
+
+    @cached_property
+    def reversed_heads(self) -> dict[str, re.Pattern[str]]:
+        """Placeholders that count from the last, with what matches the path as far as each."""
+        found = _PLACEHOLDER.finditer(self.path)
+        heads = {m.group(2): self.path[: m.end()] for m in found if m.group(1)}
+        return {name: _compile_pattern(head) for name, head in heads.items()}
 
     @cached_property
     def key_regex(self) -> re.Pattern[str]:
@@ -123,7 +148,7 @@ class Rule:
 
     def format_key(self, values: Mapping[str, str]) -> str:
         """Return the torch key with its placeholders filled in."""
-        return _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.key)
+        return _PLACEHOLDER.sub(lambda match: values[match.group(2)], self.key)
 
 
 @dataclass(frozen=True)
@@ -190,7 +215,11 @@ def plan_slots(rules: tuple[Rule, ...], template: Mapping[str, TensorLike]) -> d
         if len(fits) != 1:
             raise ValueError(f"leaf {path} fits {len(fits)} rules, it must be exactly 1")
         rule, match = fits[0]
-        for key, slot in _rule_slots(rule, path, match.groupdict(), tuple(leaf.shape)):
+        values = match.groupdict()
+        for name, head in rule.reversed_heads.items():
+            last = max(int(m.group(name)) for other in template if (m := head.match(other)))
+            values[name] = str(last - int(values[name]))
+        for key, slot in _rule_slots(rule, path, values, tuple(leaf.shape)):
             if key in slots:
                 raise ValueError(f"{key} would fill both {slots[key].leaf} and {path}")
             slots[key] = slot
@@ -201,10 +230,20 @@ def _name_dtype(tensor: TensorLike) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def is_narrow(tensor: TensorLike) -> bool:
+    """Return whether float32 holds every value of the tensor's type exactly, and more."""
+    return hasattr(tensor, "dtype") and _name_dtype(tensor) in _NARROW
+
+
 def _compare(
-    expected: Mapping[str, tuple[tuple[int, ...], str]], found: Mapping[str, Any]
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
+    found: Mapping[str, Any],
+    widen: bool = False,
 ) -> list[str]:
-    """List every difference between named shapes and dtypes and the tensors found."""
+    """List every difference between named shapes and dtypes and the tensors found.
+
+    With `widen`, a tensor of a narrower type in place of float32 is none.
+    """
     problems = []
     for name, (shape, dtype) in expected.items():
         if name not in found:
@@ -216,7 +255,8 @@ def _compare(
         if tuple(found[name].shape) != shape:
             got = list(found[name].shape)
             problems.append(f"wrong shape of {name}: {got}, expected {list(shape)}")
-        if _name_dtype(found[name]) != dtype:
+        widened = widen and dtype == "float32" and is_narrow(found[name])
+        if _name_dtype(found[name]) != dtype and not widened:
             problems.append(f"wrong dtype of {name}: {_name_dtype(found[name])}, expected {dtype}")
     return problems + [f"unexpected {show_name(name)}" for name in found if name not in expected]
 
@@ -226,7 +266,7 @@ class Family:
     """A checkpoint family: its table, how its sizes are read off, and how its files are wrapped.
 
     Attributes:
-        kind: "tokenizer" or "model", as model directories name it.
+        kind: "tokenizer", "model" or "perceptual", as model directories name it.
         architecture: the family that a model directory records.
         infer_config: (shapes by torch key, **options) -> config.
         abstract_tree: config -> "/"-joined path -> shape and dtype of every parameter.
@@ -238,6 +278,11 @@ class Family:
         prefixes: what training wrappers put in front of every key; removed at import.
         dropped: buffers that carry no weights, with the shape in which an export writes them back
             as zeros, or None if it does not.
+        dropped_prefixes: keys that begin with one of them are of training alone (a discriminator,
+            a perceptual loss); they are ignored at import, with one printed line for each prefix.
+        renames: maps another naming (Hugging Face's, an EMA's) to the names of the table: state
+            dict, as found behind `prefixes` -> renamed one, and a note to print ("" for none). It
+            runs before anything is dropped, and must read no tensor.
     """
 
     name: str
@@ -253,40 +298,73 @@ class Family:
     layout: Mapping[str, Any] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("module.", "_orig_mod.")
     dropped: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+    dropped_prefixes: tuple[str, ...] = ()
+    renames: Callable[[dict[str, Any]], tuple[dict[str, Any], str]] | None = None
 
 
-def import_tree(
-    family: Family, state: StateDict, template: Mapping[str, TensorLike]
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Plan:
+    """A family's table laid over the tree of one config.
+
+    Attributes:
+        family: its name.
+        template: "/"-joined path -> anything with a shape and dtype, for every leaf.
+        slots: torch key -> the part of a leaf that it fills.
+        expected: torch key -> shape and dtype.
+    """
+
+    family: str
+    template: Mapping[str, TensorLike]
+    slots: Mapping[str, Slot]
+    expected: Mapping[str, tuple[tuple[int, ...], str]]
+
+    @classmethod
+    def make(cls, family: Family, template: Mapping[str, TensorLike]) -> "Plan":
+        """Lay a family's table over an abstract tree; errors as in `plan_slots`."""
+        slots = plan_slots(family.rules, template)
+        expected = {k: (slot.shape, str(template[slot.leaf].dtype)) for k, slot in slots.items()}
+        return cls(family.name, template, slots, expected)
+
+    def check(self, state: StateDict, *, widen: bool = False) -> None:
+        """Hold a state dict against the tree; no tensor is read.
+
+        Args:
+            state: torch key -> tensor.
+            widen: whether float16 and bfloat16 may stand where float32 is expected.
+
+        Raises:
+            ConversionError: every missing and unexpected key, wrong shape and wrong dtype.
+        """
+        problems = _compare(self.expected, state, widen)
+        if problems:
+            raise ConversionError(f"not a {self.family} checkpoint of these sizes:", problems)
+
+
+def import_tree(plan: Plan, state: StateDict, *, widen: bool = False) -> dict[str, np.ndarray]:
     """Arrange a state dict as the leaves of a tree; no tensor is read before all of them fit.
+
+    With `widen`, float16 and bfloat16 become float32 where it is expected, which changes no value.
 
     Raises:
         ConversionError: every missing and unexpected key, wrong shape and wrong dtype.
     """
-    slots = plan_slots(family.rules, template)
-    expected = {key: (slot.shape, str(template[slot.leaf].dtype)) for key, slot in slots.items()}
-    problems = _compare(expected, state)
-    if problems:
-        raise ConversionError(f"not a {family.name} checkpoint of these sizes:", problems)
-    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in template.items()}
-    for key, slot in slots.items():
+    plan.check(state, widen=widen)
+    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in plan.template.items()}
+    for key, slot in plan.slots.items():
         leaves[slot.leaf][slot.index] = slot.from_torch(np.asarray(state[key]))
     return leaves
 
 
-def export_tree(
-    family: Family, leaves: Mapping[str, Any], template: Mapping[str, TensorLike]
-) -> dict[str, np.ndarray]:
+def export_tree(family: Family, plan: Plan, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrange the leaves of a tree as a state dict, dropped buffers written back as zeros.
 
     Raises:
         ConversionError: every missing and unexpected leaf, wrong shape and wrong dtype.
     """
-    expected = {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in template.items()}
+    expected = {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in plan.template.items()}
     problems = _compare(expected, leaves)
     if problems:
         raise ConversionError(f"parameters do not fit the {family.name} config:", problems)
-    slots = plan_slots(family.rules, template)
-    state = {key: slot.to_torch(np.asarray(leaves[slot.leaf])) for key, slot in slots.items()}
+    state = {key: slot.to_torch(np.asarray(leaves[slot.leaf])) for key, slot in plan.slots.items()}
     buffers = {key: shape for key, shape in family.dropped.items() if shape is not None}
     return state | {key: np.zeros(shape, np.float32) for key, shape in buffers.items()}

@@ -9,7 +9,7 @@ in `maskgil_jax.config.preset`.
 """
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
+from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.conditioning import Embedding
 from maskgil_jax.models.transformer import Transformer, TransformerConfig, check_choices
 
@@ -29,13 +30,10 @@ _CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskGILConfig(TransformerConfig):
+class MaskGILConfig(TokenModelConfig, TransformerConfig):
     """Shape and options of a class-conditional MaskGIL.
 
     Attributes:
-        codebook_size: number of image codes K; K itself is the mask token.
-        num_classes: number of classes C; label C means "no condition".
-        grid_size: (gh, gw), tokens per column and per row.
         condition: whether the condition token stands `first` or `last`.
         rope: rotary table over the grid (`2d`) or over raster positions (`1d`).
         cond_rope: row of the condition token: `identity` (cos 1, sin 0), `zero` (cos = sin = 0), or
@@ -45,30 +43,21 @@ class MaskGILConfig(TransformerConfig):
         embeddings: `separate` tables for tokens and labels, or one `shared` table in the order
             codes, mask, classes, null class.
         embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
-        head_alignment: the head is computed on its rows padded to a multiple of this number (the
-            padding is neither stored nor returned); 1 switches it off.
     """
 
-    codebook_size: int
-    num_classes: int
-    grid_size: tuple[int, int]
+    family: ClassVar[str] = "maskgil"
+
     condition: str = "first"
     rope: str = "2d"
     cond_rope: str = "identity"
     rope_base: float = 10000.0
     embeddings: str = "separate"
     embedding_dropout: float = 0.0
-    head_alignment: int = 128
 
     def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "grid_size", tuple(self.grid_size))
+        TransformerConfig.__post_init__(self)
+        TokenModelConfig.__post_init__(self)
         check_choices(self, _CHOICES)
-        for name in ("codebook_size", "num_classes", "head_alignment"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
-            raise ValueError(f"grid_size {self.grid_size} must be two numbers of at least 1")
         if not self.rope_base > 0:
             raise ValueError(f"rope_base {self.rope_base} must be more than 0")
         if not 0 <= self.embedding_dropout < 1:
@@ -83,39 +72,13 @@ class MaskGILConfig(TransformerConfig):
             )
 
     @property
-    def mask_token_id(self) -> int:
-        """Id of the mask token."""
-        return self.codebook_size
+    def preset(self) -> str:
+        """Name of the preset whose settings such weights were trained for."""
+        return "released" if self.cond_rope == "table" else "recommended"
 
-    @property
-    def null_label(self) -> int:
-        """Label that means "no condition"."""
-        return self.num_classes
-
-    @property
-    def seq_len(self) -> int:
-        """Number of image tokens."""
-        return self.grid_size[0] * self.grid_size[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields in JSON-friendly types."""
-        return dataclasses.asdict(self) | {"grid_size": list(self.grid_size)}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "MaskGILConfig":
-        """Build from `to_dict`'s result.
-
-        Raises:
-            ValueError: if a field is unknown or missing.
-        """
-        known = {f.name for f in dataclasses.fields(cls)}
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        if set(fields) - known or required - set(fields):
-            raise ValueError(
-                f"MaskGILConfig: unknown fields {sorted(set(fields) - known)}, missing fields "
-                f"{sorted(required - set(fields))}; allowed: {', '.join(sorted(known))}"
-            )
-        return cls(**fields | {"grid_size": tuple(fields["grid_size"])})
+    def make_module(self) -> "MaskGIL":
+        """Return the Flax module."""
+        return MaskGIL(self)
 
     def rope_table(self, grid_size: tuple[int, int] | None = None) -> np.ndarray:
         """Return the rotary table of the whole sequence, condition token included.
@@ -151,9 +114,7 @@ class Head(nn.Module):
         rows = cfg.codebook_size + 1
         init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "vocab"))
         kernel = jnp.asarray(self.param("kernel", init, (cfg.width, rows)), x.dtype)
-        padding = -rows % cfg.head_alignment
-        if padding:
-            kernel = jnp.pad(kernel, ((0, 0), (0, padding)))
+        kernel = jnp.pad(kernel, ((0, 0), (0, cfg.head_padding)))
         logits = jnp.einsum("ble,ev->blv", x, kernel, preferred_element_type=jnp.float32)
         return logits[..., :rows]
 
@@ -183,7 +144,9 @@ class MaskGIL(nn.Module):
         if cfg.embeddings == "shared":
             count = cfg.codebook_size + 1 + cfg.num_classes + 1
             embed = Embedding(count, cfg.width, name="token_embed")
-            image, condition = embed(flat), embed(cfg.codebook_size + 1 + labels[:, None])
+            # In a narrower type of labels the sum would wrap around.
+            classes = cfg.codebook_size + 1 + jnp.asarray(labels, jnp.int32)[:, None]
+            image, condition = embed(flat), embed(classes)
         else:
             image = Embedding(cfg.codebook_size + 1, cfg.width, name="token_embed")(flat)
             table = Embedding(cfg.num_classes + 1, cfg.width, name="label_embed")

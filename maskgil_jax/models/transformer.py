@@ -27,60 +27,74 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape and options of the block stack.
+class StackConfig:
+    """Shape of a stack of blocks, and how it is computed.
 
     Attributes:
         num_layers: number of blocks.
         width: channels e of the residual stream.
-        num_heads: attention heads; width / num_heads is the (even) head dimension.
-        mlp_width: hidden channels f of the SwiGLU MLP.
-        qk_norm: normalisation of queries and keys over the head dimension, before RoPE.
-        post_norm: normalisation of the outputs of attention and MLP before the residual addition.
-        norm_eps: epsilon of every norm.
-        dropout: rate on the outputs of attention and MLP, in [0, 1).
+        num_heads: attention heads; width / num_heads is the head dimension.
+        mlp_width: hidden channels f of the MLP.
+        dropout: rate of the dropout inside the blocks, in [0, 1).
         dtype: type of the computation; parameters stay float32.
         remat: what the backward pass recomputes: nothing, everything, or all but matmul outputs.
         scan_unroll: layers per iteration of the scan.
-        attention: `xla`, or `cudnn` (GPU, bfloat16).
     """
 
     num_layers: int
     width: int
     num_heads: int
     mlp_width: int
-    qk_norm: str = "none"
-    post_norm: str = "none"
-    norm_eps: float = 1e-5
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
-    attention: str = "xla"
 
     def __post_init__(self):
         for name in ("num_layers", "width", "num_heads", "mlp_width", "scan_unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+        if self.width % self.num_heads:
             raise ValueError(
-                f"width {self.width} / num_heads {self.num_heads} must be a whole, even number"
+                f"width {self.width} / num_heads {self.num_heads} must be a whole number"
             )
-        choices = dict(
-            qk_norm=NORMS, post_norm=NORMS, dtype=DTYPES, remat=REMATS, attention=ATTENTIONS
-        )
-        check_choices(self, choices)
+        check_choices(self, dict(dtype=DTYPES, remat=REMATS))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is out of range; allowed: [0, 1)")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps {self.norm_eps} must be more than 0")
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError("attention 'cudnn' needs dtype 'bfloat16'; use 'xla' for float32")
 
     @property
     def head_dim(self) -> int:
         """Channels per head."""
         return self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(StackConfig):
+    """Shape and options of the LLaMA blocks; the head dimension is even, dropout on the outputs.
+
+    Attributes:
+        qk_norm: normalisation of queries and keys over the head dimension, before RoPE.
+        post_norm: normalisation of the outputs of attention and MLP before the residual addition.
+        norm_eps: epsilon of every norm.
+        attention: `xla`, or `cudnn` (GPU, bfloat16).
+    """
+
+    qk_norm: str = "none"
+    post_norm: str = "none"
+    norm_eps: float = 1e-5
+    attention: str = "xla"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head_dim % 2:
+            raise ValueError(
+                f"width {self.width} / num_heads {self.num_heads} must be an even number"
+            )
+        check_choices(self, dict(qk_norm=NORMS, post_norm=NORMS, attention=ATTENTIONS))
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps {self.norm_eps} must be more than 0")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError("attention 'cudnn' needs dtype 'bfloat16'; use 'xla' for float32")
 
 
 def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
@@ -117,12 +131,13 @@ def make_norm(
 
 
 class Projection(nn.Module):
-    """A bias-free linear map over trailing axes, `x[…, *inputs] → y[…, *outputs]`."""
+    """A linear map over trailing axes, `x[…, *inputs] → y[…, *outputs]`, bias-free by default."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     axes: tuple[str | None, ...]
     dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -130,9 +145,14 @@ class Projection(nn.Module):
         kernel = self.param("kernel", weight_init(*self.axes), self.inputs + self.outputs)
         n = len(self.inputs)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        return jax.lax.dot_general(
+        y = jax.lax.dot_general(
             x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
         )
+        if not self.use_bias:
+            return y
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[n:])
+        bias = jnp.asarray(self.param("bias", zeros, self.outputs), self.dtype)
+        return y + bias.reshape((1,) * (x.ndim - n) + self.outputs)
 
 
 class Attention(nn.Module):
@@ -207,6 +227,28 @@ class Block(nn.Module):
         return x, None
 
 
+def scan_blocks(block: Any, config: StackConfig) -> Any:
+    """Return the module class that applies `num_layers` blocks, their parameters on a layer axis.
+
+    The block maps (carry, *rest) to (carry, None); the rest is the same for all layers.
+    """
+    if config.remat != "none":
+        policy = {
+            "full": None,
+            "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        }[config.remat]
+        block = nn.remat(block, prevent_cse=False, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+        unroll=config.scan_unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 class Transformer(nn.Module):
     """A stack of blocks and a final norm."""
 
@@ -235,24 +277,8 @@ class Transformer(nn.Module):
         Reference: MaskGIL Figure 4.
         """
         cfg = self.config
-        block: Any = Block
-        if cfg.remat != "none":
-            policy = {
-                "full": None,
-                "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-            }[cfg.remat]
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_layers,
-            unroll=cfg.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         x = x.astype(jnp.dtype(cfg.dtype))
-        x, _ = layers(cfg, train, name="layers")(x, rope, mask)
+        x, _ = scan_blocks(Block, cfg)(cfg, train, name="layers")(x, rope, mask)
         self.sow("intermediates", "output_norm", jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))
         return make_norm("rms", cfg, "final_norm")(x).astype(x.dtype)
 

@@ -177,7 +177,13 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of family, sizes and parameters: what the codes mean, however it is stored."""
-        fields = {k: v for k, v in self.config.to_dict().items() if k not in _COMPUTATION}
+        # Defaults are left out: a field that is added one day must not change what is recorded.
+        usual = type(self.config)().to_dict()
+        fields = {
+            name: value
+            for name, value in self.config.to_dict().items()
+            if name not in _COMPUTATION and value != usual[name]
+        }
         digest = hashlib.sha256(json.dumps([self.spec.family, fields], sort_keys=True).encode())
         leaves, _ = jax.tree_util.tree_flatten_with_path(dict(self.params))
         for path, leaf in leaves:

@@ -1,14 +1,17 @@
 """Losses that train a vector-quantised tokenizer, and the health of its codebook.
 
-Pure functions of a forward pass (`maskgil_jax.tokenizers.base.VQOutputs`) and the images.
-Reconstruction alone is l2 or l1; perceptual and adversarial terms are not part of this file.
+Pure functions of a forward pass (`maskgil_jax.tokenizers.base.VQOutputs`) and the images. The
+perceptual distance is given as a function (`lpips.py`); the adversarial term, which has a net and
+an optimiser of its own, is added by the update step.
 
 Reference: van den Oord et al. 2017, equation 3 (codebook and commitment terms); Chang et al. 2022
-and Yu et al. 2023 for the entropy term; `tokenizer/tokenizer_image/vq_model.py` of
-FoundationVision/LlamaGen for how they are averaged.
+and Yu et al. 2024 for the entropy term; `tokenizer/tokenizer_image/vq_model.py` of
+FoundationVision/LlamaGen for how they are averaged, and `modules/vqvae/lookup_free_quantize.py` of
+TencentARC/SEED-Voken where no codebook is stored.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,10 @@ from maskgil_jax.tokenizers.quantizers import squared_distances
 RECONSTRUCTIONS = ("l2", "l1")
 # Keeps the logarithm of a code that is never used finite.
 _TINY_PROBABILITY = 1e-5
+TERMS = ("reconstruction", "perceptual", "codebook", "commitment", "entropy")
+
+# (images, reconstruction) -> a distance per image, 0 where they are equal.
+PerceptualFn = Callable[[Float[Array, "b H W c"], Float[Array, "b H W c"]], Float[Array, "b"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,13 +35,19 @@ class TokenizerLossWeights:
     """Weights of the terms; the defaults are those that LlamaGen-VQ was trained with.
 
     reconstruction_kind: "l2" (squared error) or "l1" (absolute error), per pixel and channel.
-    reconstruction, codebook, commitment: weights, at least 0.
+    reconstruction, commitment: weights, at least 0.
+    perceptual: weight of the LPIPS distance, at least 0; at 0 the term costs nothing.
+    codebook: weight, at least 0; must be 0 where a lookup-free quantiser stores no codebook.
     entropy: weight, at least 0; at 0 the term costs nothing.
     entropy_temperature: of the soft assignment of latents to codes, above 0.
+
+    Raises:
+        ValueError: a value that is not allowed.
     """
 
     reconstruction_kind: str = "l2"
     reconstruction: float = 1.0
+    perceptual: float = 0.0
     codebook: float = 1.0
     commitment: float = 0.25
     entropy: float = 0.0
@@ -46,36 +59,72 @@ class TokenizerLossWeights:
                 f"reconstruction_kind is {self.reconstruction_kind!r}; it must be one of "
                 f"{', '.join(RECONSTRUCTIONS)}"
             )
-        for name in ("reconstruction", "codebook", "commitment", "entropy"):
-            if getattr(self, name) < 0:
+        for name in TERMS:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"weight {name} is {getattr(self, name)}; it must be at least 0")
-        if self.entropy_temperature <= 0:
+        if not self.entropy_temperature > 0:
             raise ValueError(
                 f"entropy_temperature is {self.entropy_temperature}; it must be above 0"
             )
 
 
+def check_lookup_free(weights: TokenizerLossWeights) -> None:
+    """Raise a `ValueError` if the weights ask for a term that needs a stored codebook."""
+    if weights.codebook:
+        raise ValueError(
+            f"weight codebook is {weights.codebook}, but a lookup-free quantiser stores no "
+            "codebook to pull to the latents; set it to 0 (commitment and entropy remain)"
+        )
+
+
+def metric_names(weights: TokenizerLossWeights, *, lookup_free: bool = False) -> tuple[str, ...]:
+    """Return the names of the metrics that `tokenizer_loss` gives with these weights."""
+    optional = tuple(name for name in ("entropy", "perceptual") if getattr(weights, name))
+    codebook = () if lookup_free else ("codebook",)
+    return ("loss", "reconstruction", *codebook, "commitment", "perplexity", "usage", *optional)
+
+
 def tokenizer_loss(
-    outputs: VQOutputs, images: Float[Array, "b H W c"], weights: TokenizerLossWeights
+    outputs: VQOutputs,
+    images: Float[Array, "b H W c"],
+    weights: TokenizerLossWeights,
+    perceptual: PerceptualFn | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Compute the training loss of a tokenizer and its unweighted terms.
 
-    The metrics are `loss`, `reconstruction`, `codebook`, `commitment`, `perplexity` and `usage`
-    (both over the codes of this batch), and `entropy` when it has a weight.
+    The metrics are those of `metric_names`; `perplexity` and `usage` are over the codes of this
+    batch.
+
+    Raises:
+        ValueError: a perceptual weight without the function, or a codebook weight without one.
     """
     terms = {
         "reconstruction": reconstruction_loss(
             outputs.reconstruction, images, weights.reconstruction_kind
         ),
-        "codebook": codebook_loss(outputs.latents, outputs.quantized),
         "commitment": commitment_loss(outputs.latents, outputs.quantized),
     }
-    if weights.entropy:
-        terms["entropy"] = entropy_loss(
-            outputs.latents, outputs.codebook, weights.entropy_temperature
-        )
-    loss = sum(getattr(weights, name) * term for name, term in terms.items())
-    counts = count_codes(outputs.tokens, outputs.codebook.shape[0])
+    if weights.perceptual:
+        if perceptual is None:
+            raise ValueError(f"weight perceptual is {weights.perceptual}; give the function too")
+        terms["perceptual"] = jnp.mean(perceptual(images, outputs.reconstruction))
+    if outputs.codebook is None:
+        check_lookup_free(weights)
+        codebook_size = 2 ** outputs.latents.shape[-1]
+        if weights.entropy:
+            terms["entropy"] = lookup_free_entropy_loss(
+                outputs.latents, weights.entropy_temperature
+            )
+    else:
+        codebook_size = outputs.codebook.shape[0]
+        terms["codebook"] = codebook_loss(outputs.latents, outputs.quantized)
+        if weights.entropy:
+            terms["entropy"] = entropy_loss(
+                outputs.latents, outputs.codebook, weights.entropy_temperature
+            )
+    # In the order of `TERMS`, so that the sum of floats does not depend on the branches above.
+    loss = sum(getattr(weights, name) * terms[name] for name in TERMS if name in terms)
+    counts = count_codes(outputs.tokens, codebook_size)
     health = {"perplexity": perplexity(counts), "usage": usage_of_counts(counts)}
     return loss, {"loss": loss, **terms, **health}
 
@@ -131,6 +180,38 @@ def entropy_loss(
     probabilities = jnp.exp(log_probabilities)
     per_position = -jnp.mean(jnp.sum(probabilities * log_probabilities, axis=-1))
     average = jnp.mean(probabilities, axis=0)
+    of_average = -jnp.sum(average * jnp.log(average + _TINY_PROBABILITY))
+    return per_position - of_average
+
+
+def lookup_free_entropy_loss(
+    latents: Float[Array, "b gh gw z"], temperature: float = 0.01
+) -> Float[Array, ""]:
+    """Reward sure bits of each latent and an even use of all 2**z codes over the batch.
+
+    As `entropy_loss` with the codes {-1, 1}**z and affinities 2·latent·code, of which there is no
+    table: the soft assignment is a product over bits, so the entropy of a position is the sum of
+    its bits' entropies, and the assignments of the two halves of the bits, [positions, 2**(z/2)]
+    each, give the average over positions as one matrix product [2**(z/2), 2**(z/2)].
+
+    Reference: `entropy_loss` of SEED-Voken's `lookup_free_quantize.py`; natural logarithms.
+    """
+    z = latents.shape[-1]
+    # Between +1 and -1 the affinity 2·latent·code changes by 4·latent.
+    logits = 4.0 * latents.reshape(-1, z) / temperature
+    ones, zeros = jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
+    bits = -(ones * jax.nn.log_sigmoid(logits) + zeros * jax.nn.log_sigmoid(-logits))
+    per_position = jnp.mean(jnp.sum(bits, axis=-1))
+
+    def assign(start: int, stop: int) -> Float[Array, "n k"]:
+        joint = jnp.ones((len(logits), 1), logits.dtype)
+        for bit in range(start, stop):
+            pair = jnp.stack([zeros[:, bit], ones[:, bit]], axis=-1)
+            joint = (pair[:, :, None] * joint[:, None, :]).reshape(len(logits), -1)
+        return joint
+
+    low, high = assign(0, z // 2), assign(z // 2, z)
+    average = jnp.einsum("nh,nl->hl", high, low, precision="highest") / len(logits)
     of_average = -jnp.sum(average * jnp.log(average + _TINY_PROBABILITY))
     return per_position - of_average
 

@@ -3,6 +3,7 @@ import json
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,62 @@ def test_damaged_safetensors_are_refused(path):
     ):
         path.write_bytes(data)
         refused(path, "no whole safetensors file")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A checkpoint in two shards: the path of its index, and the index."""
+    weight_map = {}
+    for i, (key, value) in enumerate(STATE.items()):
+        name = f"part-{i}.safetensors"
+        write_checkpoint(tmp_path / name, {key: value}, wrapper="")
+        weight_map[key] = name
+    path = tmp_path / "some.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path, weight_map
+
+
+def test_shards_are_read_as_one_with_one_file_open(shards):
+    path, _ = shards
+    names = ["part-0.safetensors", "part-1.safetensors", path.name]
+    digests = [hashlib.sha256(path.with_name(n).read_bytes()).hexdigest() for n in names]
+    lines = "".join(f"{d}  {n}\n" for d, n in zip(digests, names, strict=True))
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    with open_checkpoint(path, sha256=digest) as checkpoint:
+        assert checkpoint.files == dict(zip(names, digests, strict=True))
+        for _ in range(2):
+            for key, value in STATE.items():
+                tensor = checkpoint.state_dict[key]
+                assert (tensor.shape, tensor.dtype) == (value.shape, str(value.dtype))
+                np.testing.assert_array_equal(np.asarray(tensor), value)
+                maps = Path("/proc/self/maps").read_text()
+                assert maps.count("part-0") + maps.count("part-1") <= 1
+    path.with_name("part-1.safetensors").write_bytes(b"")
+    refused(path, "expected", sha256=digest)
+    refused(path, "no whole safetensors file")
+
+
+def test_an_index_that_does_not_describe_its_files_is_refused(shards, tmp_path):
+    path, weight_map = shards
+
+    def write(**changes):
+        path.write_text(json.dumps({"weight_map": {**weight_map, **changes}}))
+
+    write(more="part-0.safetensors")
+    refused(path, "part-0.safetensors lacks more")
+    write(b="part-0.safetensors")
+    refused(path, "part-0.safetensors lacks b")
+    path.write_text(json.dumps({"weight_map": {"b": "part-1.safetensors", "a.weight": "no.x"}}))
+    refused(path, "not one: no.x")
+    write(b="part-9.safetensors")
+    refused(path, "missing part-9.safetensors")
+    (tmp_path / "in").mkdir()
+    for name in ("../part-1.safetensors", "/etc/passwd", "in/x.safetensors", "in", 3, None, "a\n"):
+        write(b=name)
+        refused(path, "must name .safetensors files of its own folder|no index|names files")
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000, "\xff"):
+        path.write_text(text, "latin-1")
+        refused(path, "no index of safetensors files|it names none")
 
 
 def test_other_suffixes_and_missing_files_are_refused(tmp_path):

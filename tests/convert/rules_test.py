@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from maskgil_jax.convert.rules import Family, Rule, export_tree, import_tree, plan_slots
+from maskgil_jax.convert.rules import Family, Plan, Rule, export_tree, import_tree, plan_slots
 
 LAYERS, WIDTH, HEADS, DIM, MLP = 3, 12, 2, 6, 5
 
@@ -35,7 +35,7 @@ def test_layers_are_stacked_and_heads_split_as_the_torch_code_views_them():
         f"layers.{n}.wqkv.weight": random((3 * HEADS * DIM, WIDTH), seed=n) for n in range(LAYERS)
     }
     template = {"layers/qkv": abstract(LAYERS, WIDTH, 3, HEADS, DIM)}
-    leaf = import_tree(family_of(rule), state, template)["layers/qkv"]
+    leaf = import_tree(Plan.make(family_of(rule), template), state)["layers/qkv"]
     x = random((4, WIDTH), seed=9)
     for n in range(LAYERS):
         q, k, v = np.split(x @ state[f"layers.{n}.wqkv.weight"].T, 3, axis=1)
@@ -52,7 +52,7 @@ def test_two_torch_keys_share_a_leaf_in_the_order_of_their_words():
         for g, word in enumerate(("w1", "w3"))
     }
     template = {"layers/gate_up": abstract(LAYERS, WIDTH, 2, MLP)}
-    leaf = import_tree(family_of(rule), state, template)["layers/gate_up"]
+    leaf = import_tree(Plan.make(family_of(rule), template), state)["layers/gate_up"]
     np.testing.assert_array_equal(leaf[2, :, 0], state["layers.2.w1.weight"].T)
     np.testing.assert_array_equal(leaf[2, :, 1], state["layers.2.w3.weight"].T)
 
@@ -71,10 +71,11 @@ def test_export_undoes_import_and_import_undoes_export(key, path, layout, shape)
     family = family_of(Rule(key, path, layout))
     place = path.replace("{c:a|b}", "b").replace("{i}", "4")
     leaves, template = {place: random(shape)}, {place: abstract(*shape)}
-    state = export_tree(family, leaves, template)
-    back = import_tree(family, state, template)
+    plan = Plan.make(family, template)
+    state = export_tree(family, plan, leaves)
+    back = import_tree(plan, state)
     assert back[place].tobytes() == leaves[place].tobytes()
-    again = export_tree(family, back, template)
+    again = export_tree(family, plan, back)
     assert all(again[name].tobytes() == state[name].tobytes() for name in state)
     assert all(array.flags.c_contiguous for array in state.values())
 
@@ -100,3 +101,20 @@ def test_every_leaf_fits_exactly_one_rule_and_every_key_one_leaf():
         plan_slots((one,), {"a_1": abstract(3, 3)})
     with pytest.raises(ValueError, match="axis g is 3"):
         plan_slots((Rule("{g:a|b}", "x", "g c -> c"),), {"x": abstract(3, 3)})
+
+
+def test_a_path_may_count_from_the_last():
+    rules = (
+        Rule("up.{i}.block.{j}", "up_{~i}_res_{j}", "c -> c"),
+        Rule("up.{i}.upsample", "up_{~i}_upsample", "c -> c"),
+    )
+    template = {f"up_{i}_res_{j}": abstract(i + 1) for i in range(12) for j in range(2)}
+    # The last level has none: the count must come from all rules of the levels.
+    template |= {f"up_{i}_upsample": abstract(i + 1) for i in range(11)}
+    slots = plan_slots(rules, template)
+    assert len(slots) == len(template)
+    assert slots["up.0.block.1"].leaf == "up_11_res_1"
+    assert slots["up.11.block.0"].leaf == "up_0_res_0"
+    assert slots["up.1.upsample"].leaf == "up_10_upsample"
+    with pytest.raises(ValueError, match="it is the path that counts from the last"):
+        Rule("up.{~i}.block", "up_{i}", "c -> c")

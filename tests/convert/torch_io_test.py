@@ -1,6 +1,7 @@
 import argparse
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -17,15 +18,17 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture
 def extract(tmp_path, monkeypatch, capsys):
-    """Run the child's program here, its limit only noted: (status, output, what was read)."""
-    limits = []
+    """Run the child's program here, its limits only noted: (status, output, what was read)."""
+    limits, times = [], []
     monkeypatch.setattr(torch_io, "_limit_memory", limits.append)
+    monkeypatch.setattr(torch_io, "_limit_time", times.append)
 
     def run(path, *wrappers):
         out = tmp_path / "out.safetensors"
         status = torch_io.main([str(path), str(out), *(wrappers or ("model",))])
         if status != torch_io.EXIT_REFUSED:
             assert limits.pop() == (1 << 30) + 4 * path.stat().st_size
+            assert times.pop() == 10 + path.stat().st_size / 2e7
         read = safetensors.numpy.load_file(out) if out.exists() else None
         return status, capsys.readouterr().out, read
 
@@ -112,6 +115,21 @@ def test_anything_but_plain_tensors_is_refused(case, tmp_path, extract):
     assert re.search(message, output)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (1 << 14, 1 << 13)])
+def test_tensors_that_are_not_in_the_file_are_refused(shape, tmp_path, extract):
+    """`torch.Tensor(2, 3)` is allowed in a pickle, and holds whatever was in memory."""
+
+    class Unfilled:
+        def __reduce__(self):
+            return torch.Tensor, shape
+
+    status, output, read = extract(
+        saved(tmp_path, {"model": {"a": torch.ones(3), "w": Unfilled()}})
+    )
+    assert (status, read) == (torch_io.EXIT_REFUSED, None)
+    assert "'w' has values that are not in the file" in output
+
+
 def test_a_pickle_with_code_runs_none_of_it(tmp_path, extract):
     marker = tmp_path / "marker"
     path = saved(tmp_path, {"model": RunsCode(marker)})
@@ -147,6 +165,13 @@ def test_archives_that_torch_never_writes_are_refused(tmp_path, extract):
     path = saved(tmp_path, state, _use_new_zipfile_serialization=False)
     assert "before torch 1.6" in extract(path)[1]
 
+    path = saved(tmp_path, state)
+    data = bytearray(path.read_bytes())
+    # In the directory, 8 bytes before the name of the member: its attributes.
+    data[data.rindex(b"some/data/0") - 8] |= 0x10
+    path.write_bytes(data)
+    assert "members marked as folders" in extract(path)[1]
+
     def declare_more(name, data):
         return data.replace(b"K\x04", b"M\xff\x7f") if name.endswith("data.pkl") else data
 
@@ -167,6 +192,21 @@ def test_the_memory_limit_holds():
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         assert child.stderr.strip().endswith(message)
         assert bool(child.stderr) == bool(message)
+
+
+def test_the_time_limit_holds():
+    program = (
+        "from maskgil_jax.convert.torch_io import _limit_time\n_limit_time(0.5)\nwhile True: pass\n"
+    )
+    child = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert child.returncode == -signal.SIGXCPU
+
+
+def test_a_reason_is_neither_long_nor_raw(tmp_path, extract):
+    status, output, _ = extract(saved(tmp_path, {"model": {"w" * 100_000: 3}}))
+    assert (status, len(output) < 5000) == (torch_io.EXIT_REFUSED, True)
+    status, output, _ = extract(saved(tmp_path, {"model": {"\x1b[2J": 3}}))
+    assert (status, "\x1b" in output) == (torch_io.EXIT_REFUSED, False)
 
 
 def test_the_child_process_reports_its_refusal(tmp_path):

@@ -103,6 +103,16 @@ def test_the_condition_reaches_every_token(changes):
         assert np.abs(logits[label] - logits[5]).max(-1).min() > 1e-4
 
 
+@pytest.mark.parametrize("embeddings", ["shared", "separate"])
+def test_labels_may_be_of_a_narrow_type(embeddings):
+    config = references.tiny_config(embeddings=embeddings, codebook_size=300)
+    params, (tokens, labels) = references.random_params(config), references.random_inputs(config)
+    expected = logits_of(config, params, tokens, labels)
+    np.testing.assert_array_equal(
+        logits_of(config, params, tokens.astype(np.int16), labels.astype(np.int8)), expected
+    )
+
+
 def test_the_head_starts_at_zero_and_the_rest_does_not():
     config = references.tiny_config()
     tokens, labels = references.random_inputs(config)

@@ -70,8 +70,8 @@ def test_the_compiled_program_does_not_grow_with_depth():
     [
         ({"num_layers": 0}, "num_layers 0 must be at least 1"),
         ({"scan_unroll": 0}, "scan_unroll 0 must be at least 1"),
-        ({"num_heads": 3}, "width 16 / num_heads 3 must be a whole, even number"),
-        ({"num_heads": 16}, "must be a whole, even number"),
+        ({"num_heads": 3}, "width 16 / num_heads 3 must be a whole number"),
+        ({"num_heads": 16}, "width 16 / num_heads 16 must be an even number"),
         ({"qk_norm": "layr"}, "qk_norm 'layr' is unknown; allowed: .*Did you mean 'layer'"),
         ({"post_norm": "rm"}, "post_norm 'rm' .*Did you mean 'rms'"),
         ({"remat": "dot"}, "remat 'dot' .*Did you mean 'dots'"),

@@ -12,6 +12,8 @@ import pytest
 
 from maskgil_jax.build import models as build
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
+from maskgil_jax.tokenizers.maskgit_vq import MaskGITVQConfig
 from maskgil_jax.training import steps
 from maskgil_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -54,8 +56,8 @@ def make_both(**options):
     # Random everywhere: a zero head or a unit scale would hide a wrong one.
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32) / 4, shapes)
     params = jax.tree.map(lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names"))
-    model = torch_peer.TorchMaskGIL(config)
-    torch_peer.load_flax_params(model, params)
+    model = torch_peer.make_model(config)
+    torch_peer.load_flax_params(model, config, params)
     return config, params, model
 
 
@@ -79,8 +81,8 @@ def test_peer_gives_our_logits(options):
 
 
 def test_peer_refuses_what_it_does_not_implement():
-    with pytest.raises(ValueError, match="condition 'last'.*only 'first'"):
-        make_both(condition="last")
+    with pytest.raises(ValueError, match="embedding_dropout 0.1.*only 0.0"):
+        make_both(embedding_dropout=0.1)
 
 
 def test_peer_takes_our_training_step():
@@ -154,6 +156,52 @@ def test_every_line_is_json_with_all_fields(capsys):
         assert rate == pytest.approx(result["torch_seconds"] / result["ours_seconds"], rel=0.01)
 
 
+def test_encoding_peer_gives_our_tokens():
+    from benchmarks import torch_vq
+
+    config = LlamaGenVQConfig(
+        codebook_size=50,
+        channels=32,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        latent_channels=32,
+    )
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 12, 8, 3)).astype(np.float32)
+    module, rng = config.make_module(), np.random.default_rng(1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    # Random everywhere: a zero bias or a unit scale would hide a wrong one.
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) / 8, shapes)
+
+    @jax.jit
+    def encode(params, images):
+        return [
+            module.apply({"params": params}, images, method=m) for m in ("encode_latents", "encode")
+        ]
+
+    latents, tokens = encode(params, images)
+    assert len(np.unique(tokens)) > 5
+    model = torch_vq.TorchEncoder(config)
+    torch_vq.load_flax_params(model, params)
+    with torch.inference_mode():
+        theirs = model.latents(torch.from_numpy(images).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(theirs, latents, atol=1e-4)
+    for layout in ("nchw", "channels_last"):
+        side = torch_vq.TorchVQSide(config, params, images, layout=layout, device="cpu")
+        np.testing.assert_array_equal(side.encode(), tokens)
+    with pytest.raises(ValueError, match="l2_normalize True only"):
+        torch_vq.TorchEncoder(MaskGITVQConfig(channels=32))
+
+
+def test_encoding_is_reported_in_images_per_second(capsys):
+    assert run_bench("--rows", "7e") == 0
+    (result,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert result.keys() >= FIELDS
+    assert result["goal"] is None
+    rates = [result[f"{name}_images_per_second"] for name in ("nchw", "channels_last")]
+    assert max(rates) == result[f"{result['torch_layout']}_images_per_second"]
+    assert result["ours_images_per_second"] > 0
+
+
 def test_drift_voids_a_result():
     from benchmarks import rows, timing
 
@@ -170,8 +218,8 @@ def test_drift_voids_a_result():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "7,77"], "rows 77 are unknown; allowed: 1, 1c, 2, 7, 12"),
-        (["--rows", "1"], "need a GPU.*allowed here: 1c, 7, 12"),
+        (["--rows", "7,77"], "rows 77 are unknown; allowed: 1, 1c, 2, 7, 7e, 12"),
+        (["--rows", "1"], "need a GPU.*allowed here: 1c, 7, 7e, 12"),
         (["--rows", "7", "--size", "m"], "size 'm' is unknown; allowed: b, l, xl, xxl, tiny"),
         (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),
     ],

@@ -1,5 +1,6 @@
 """Our side of the benchmarks: configurations, arithmetic, and the calls that are timed."""
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -13,6 +14,8 @@ from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.models.sizes import SIZES
+from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TRIAL_SIZE = "tiny"
@@ -54,6 +57,18 @@ def training_flops(config: MaskGILConfig) -> int:
     return 3 * forward_flops(config)
 
 
+def model_config(config: ConfigDict) -> MaskGILConfig:
+    """Return the model section of a configuration.
+
+    Raises:
+        ValueError: if it is no MaskGIL, the family that the rows are about.
+    """
+    model = build_models.model_config(config)
+    if not isinstance(model, MaskGILConfig):
+        raise ValueError(f"model.family is {model.family!r}; only 'maskgil' is benchmarked")
+    return model
+
+
 def draw_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     """Return random tokens int32 [b, gh, gw] and labels int32 [b]."""
     rng, b = np.random.default_rng(0), config.training.batch_size
@@ -76,7 +91,7 @@ class Ours:
         task = make_task(config)
         self._step, self._state, self._metrics = task.step, task.init(), task.empty_metrics()
         self._batch = jax.device_put(draw_batch(config), jax.devices()[0])
-        module = MaskGIL(build_models.model_config(config))
+        module = MaskGIL(model_config(config))
         self._forward = jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))
 
     def forward(self) -> None:
@@ -88,6 +103,63 @@ class Ours:
         """Update the state once."""
         self._state, self._metrics = self._step(self._state, self._metrics, self._batch)
         jax.block_until_ready((self._state, self._metrics))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """A tokenizer and a batch of square images that it encodes.
+
+    Attributes:
+        config: shape of the tokenizer.
+        image_size: side in pixels.
+        batch_size: number of images.
+    """
+
+    config: LlamaGenVQConfig
+    image_size: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        side, multipliers = self.image_size, self.config.channel_multipliers
+        return f"{side}×{side} px, {self.config.channels} channels × {multipliers}"
+
+    def draw_images(self) -> np.ndarray:
+        """Return random images float32 [b, H, W, 3] in [-1, 1]."""
+        shape = (self.batch_size, self.image_size, self.image_size, 3)
+        return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+
+    def init_params(self) -> dict:
+        """Return random parameters."""
+        images = np.zeros((1, self.image_size, self.image_size, 3), np.float32)
+        return jax.jit(self.config.make_module().init)(jax.random.key(0), images)["params"]
+
+
+DIGITS = LlamaGenVQConfig(
+    codebook_size=128,
+    channels=32,
+    channel_multipliers=(1, 1, 1),
+    num_res_blocks=1,
+    latent_channels=32,
+)
+ENCODINGS = (
+    Encoding(config=DIGITS, image_size=32, batch_size=64),
+    Encoding(config=LlamaGenVQConfig(channels=64), image_size=128, batch_size=16),
+)
+TRIAL_ENCODINGS = (Encoding(config=DIGITS, image_size=8, batch_size=2),)
+
+
+class OursVQ:
+    """Our tokenizer encoding one batch, as `tools/extract_tokens.py` does, on one device."""
+
+    def __init__(self, encoding: Encoding, params: dict):
+        mesh = sharding.make_mesh({}, jax.devices()[:1])
+        self._images = jax.device_put(encoding.draw_images(), jax.devices()[0])
+        tokenizer = Tokenizer(config=encoding.config, params=params)
+        self._encode = build.make_encoder(tokenizer, mesh)
+
+    def encode(self) -> np.ndarray:
+        """Return the tokens of the batch."""
+        return np.asarray(self._encode({"image": self._images, "label": None})["tokens"])
 
 
 def compile_step(config: ConfigDict) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks import ours
 from benchmarks.timing import MAX_DRIFT, Effort, Times, measure
 
-from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build
 
 CPU, GPU = "cpu", "gpu"
@@ -103,7 +102,7 @@ def training_rate(
     """Measure the training step's achieved FLOP/s over the rate of a plain matmul."""
     config = ours.make_config(size, batch_size, dtype)
     times = measure({"step": ours.Ours(config).train}, dtype, effort)
-    flops = batch_size * ours.training_flops(build_models.model_config(config))
+    flops = batch_size * ours.training_flops(ours.model_config(config))
     rates = flops / times.seconds["step"]
     yield Result(
         row=row,
@@ -140,7 +139,7 @@ def against_torch(
     from benchmarks.torch_peer import TorchSide
 
     config = ours.make_config(size, batch_size, dtype)
-    model = build_models.model_config(config)
+    model = ours.model_config(config)
     us = ours.Ours(config)
     peer = TorchSide(
         model,
@@ -172,6 +171,39 @@ def against_torch(
                     f"{side}_gflops": _gflops(work / np.median(times.seconds[side]))
                     for side in contenders
                 },
+            },
+        )
+
+
+def encoding_against_torch(row: str, size: str, effort: Effort, *, goal: float) -> Iterator[Result]:
+    """Measure how many times as fast as PyTorch we turn images into tokens.
+
+    PyTorch is measured in both memory layouts, and the faster one counts.
+    """
+    from benchmarks.torch_vq import TorchVQSide
+
+    device = "cpu" if jax.default_backend() == CPU else "cuda"
+    encodings = ours.TRIAL_ENCODINGS if size == ours.TRIAL_SIZE else ours.ENCODINGS
+    for encoding in encodings:
+        params, images = encoding.init_params(), encoding.draw_images()
+        contenders = {"ours": ours.OursVQ(encoding, params).encode}
+        for layout in ("nchw", "channels_last"):
+            side = TorchVQSide(encoding.config, params, images, layout=layout, device=device)
+            contenders[layout] = side.encode
+        times = measure(contenders, "float32", effort)
+        best = min(("nchw", "channels_last"), key=lambda name: np.median(times.seconds[name]))
+        rates = {name: encoding.batch_size / np.median(times.seconds[name]) for name in contenders}
+        yield Result(
+            row=row,
+            name=f"encoding, images/s ÷ PyTorch eager float32, LlamaGen-VQ, {encoding}",
+            **summarise(times.seconds[best] / times.seconds["ours"]),
+            goal=goal,
+            times=times,
+            figures={
+                "batch": encoding.batch_size,
+                "dtype": "float32",
+                "torch_layout": best,
+                **{f"{name}_images_per_second": float(f"{r:.4g}") for name, r in rates.items()},
             },
         )
 
@@ -243,6 +275,11 @@ ROWS = {
             goals={"forward": 1.7, "train": 1.3},
         ),
         summary="forward and training speed ÷ PyTorch eager float32, batch 8",
+        needs_torch=True,
+    ),
+    "7e": Row(
+        run=functools.partial(encoding_against_torch, goal=1.0),
+        summary="images/s of the tokenizer's encoder ÷ PyTorch eager float32",
         needs_torch=True,
     ),
     "12": Row(

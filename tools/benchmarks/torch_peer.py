@@ -1,152 +1,56 @@
 """The same Bidirectional LLaMA in PyTorch: the peer that `tools/bench.py` measures us against.
 
-Written the way a careful PyTorch user writes it (fused projections, scaled-dot-product attention,
-fused AdamW). A test holds its logits, loss and gradients against ours, so that a ratio compares two
-implementations of one function.
+The model is `tools/maskgil_torch.py`, written the way a careful PyTorch user writes it (fused
+projections, scaled-dot-product attention); here is its training, with fused AdamW. A test holds its
+logits, loss and gradients against ours, so that a ratio compares two implementations of one
+function.
 
 Reference: MaskGIL section 3.1 and Table 2.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import torch
+from maskgil_torch import Config, TorchMaskGIL, load_weights
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from maskgil_jax import convert
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.training.optimizer import OptimizerConfig
 
 IGNORED = -100  # the target that cross_entropy leaves out
 
-# What the peer implements; a config that differs is refused instead of being measured as another.
-_LAYOUT = {
-    "condition": "first",
-    "rope": "2d",
-    "cond_rope": "identity",
-    "embeddings": "separate",
-    "embedding_dropout": 0.0,
-}
 
-
-def make_norm(kind: str, width: int, eps: float) -> nn.Module:
-    """Return a norm with a scale and no bias; `none` is the identity."""
-    if kind == "none":
-        return nn.Identity()
-    return nn.RMSNorm(width, eps=eps) if kind == "rms" else nn.LayerNorm(width, eps, bias=False)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the interleaved channel pairs of x [b, h, l, d] by a table [l, d/2] each."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP, each pre-normalised, optionally post-normalised."""
-
-    def __init__(self, config: MaskGILConfig):
-        super().__init__()
-        e, f, eps = config.width, config.mlp_width, config.norm_eps
-        self.num_heads, self.dropout = config.num_heads, config.dropout
-        self.attention_norm = make_norm("rms", e, eps)
-        self.qkv = nn.Linear(e, 3 * e, bias=False)
-        self.q_norm = make_norm(config.qk_norm, config.head_dim, eps)
-        self.k_norm = make_norm(config.qk_norm, config.head_dim, eps)
-        self.out = nn.Linear(e, e, bias=False)
-        self.attention_post_norm = make_norm(config.post_norm, e, eps)
-        self.mlp_norm = make_norm("rms", e, eps)
-        self.mlp_post_norm = make_norm(config.post_norm, e, eps)
-        self.gate_up = nn.Linear(e, 2 * f, bias=False)
-        self.down = nn.Linear(f, e, bias=False)
-
-    def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Attend from every position to all of them."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the gated MLP."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream [b, l, e] behind this layer."""
-        y = self.attention_post_norm(self.attend(self.attention_norm(x), cos, sin))
-        x = x + F.dropout(y, self.dropout, self.training)
-        y = self.mlp_post_norm(self.feed_forward(self.mlp_norm(x)))
-        return x + F.dropout(y, self.dropout, self.training)
-
-
-class TorchMaskGIL(nn.Module):
-    """MaskGIL with the class token first, 2D RoPE and separate embeddings.
+def make_model(config: MaskGILConfig) -> TorchMaskGIL:
+    """Return the peer of a model of ours, with random weights.
 
     Raises:
-        ValueError: if the config asks for an option that the peer does not have.
+        ValueError: the config has dropout on the embeddings, which the peer has not.
     """
-
-    def __init__(self, config: MaskGILConfig):
-        super().__init__()
-        wrong = [
-            f"{name} {getattr(config, name)!r} (only {value!r})"
-            for name, value in _LAYOUT.items()
-            if getattr(config, name) != value
-        ]
-        if wrong:
-            raise ValueError(f"the PyTorch peer does not implement {', '.join(wrong)}")
-        self.config = config
-        rows = config.codebook_size + 1
-        self.token_embed = nn.Embedding(rows, config.width)
-        self.label_embed = nn.Embedding(config.num_classes + 1, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, rows, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
-        table = torch.from_numpy(config.rope_table())
-        self.register_buffer("cos", table[..., 0].contiguous(), persistent=False)
-        self.register_buffer("sin", table[..., 1].contiguous(), persistent=False)
-
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return logits [b, gh·gw, K+1] for tokens [b, gh, gw] and labels [b]."""
-        x = torch.cat((self.label_embed(labels)[:, None], self.token_embed(tokens.flatten(1))), 1)
-        for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
-        return self.head(self.norm(x)[:, 1:])
+    if config.embedding_dropout:
+        raise ValueError(
+            f"the PyTorch peer does not implement embedding_dropout {config.embedding_dropout} "
+            "(only 0.0)"
+        )
+    return TorchMaskGIL(
+        Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+    )
 
 
-def load_flax_params(model: TorchMaskGIL, params: Mapping[str, Any]) -> None:
+def load_flax_params(model: TorchMaskGIL, config: MaskGILConfig, params: Any) -> None:
     """Copy the parameters of our Flax model (a nested dict of arrays) into the peer."""
-    stack = params["transformer"]["layers"]
-    state = {
-        "token_embed.weight": params["token_embed"]["embedding"],
-        "label_embed.weight": params["label_embed"]["embedding"],
-        "norm.weight": params["transformer"]["final_norm"]["scale"],
-        "head.weight": np.asarray(params["head"]["kernel"]).T,
-    }
-    kernels = {
-        "qkv": stack["attention"]["qkv"]["kernel"],
-        "gate_up": stack["mlp"]["gate_up"]["kernel"],
-        "down": stack["mlp"]["down"]["kernel"],
-    }
-    norms = {name: leaf for name, leaf in stack.items() if name.endswith("_norm")}
-    norms |= {name: leaf for name, leaf in stack["attention"].items() if name.endswith("_norm")}
-    for i in range(len(model.layers)):
-        for name, leaf in norms.items():
-            state[f"layers.{i}.{name}.weight"] = leaf["scale"][i]
-        for name, kernel in kernels.items():
-            kernel = np.asarray(kernel[i])
-            state[f"layers.{i}.{name}.weight"] = kernel.reshape(kernel.shape[0], -1).T
-        out = np.asarray(stack["attention"]["out"]["kernel"][i])
-        state[f"layers.{i}.out.weight"] = out.reshape(-1, out.shape[-1]).T
-    model.load_state_dict({k: torch.tensor(np.asarray(v)) for k, v in state.items()})
+    family = "maskgil-released" if config.embeddings == "shared" else "maskgil"
+    params = jax.tree.map(np.asarray, params)
+    # The weights are those of either layout, whatever the options that leave no trace in them.
+    layout = dataclasses.replace(config, **dict(convert.find_family(family).layout))
+    state = convert.export_state_dict(family, layout, params)
+    load_weights(model, {key: torch.tensor(value) for key, value in state.items()})
 
 
 def make_optimizer(model: TorchMaskGIL, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -234,7 +138,7 @@ class TorchSide:
         torch.set_float32_matmul_precision("high")
         self._config, self._clip_norm, self._device = config, optimizer.clip_norm, device
         self._smoothing, self._condition_dropout = smoothing, condition_dropout
-        self._weights = TorchMaskGIL(config).to(device)
+        self._weights = make_model(config).to(device)
         self._model: Any = torch.compile(self._weights) if compiled else self._weights
         self._optimizer = make_optimizer(self._weights, optimizer)
         self._tokens = torch.from_numpy(batch["tokens"]).long().to(device)
