@@ -25,19 +25,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from maskgil_jax import checkpoints, cli, generator, pictures, sharding
+from maskgil_jax import checkpoints, cli, generator, pictures, report, sharding
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build
 from maskgil_jax.cli import say
-from maskgil_jax.data.digits import digits_arrays
-from maskgil_jax.data.transforms import to_float
-from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.data.transforms import PickCrop
 from maskgil_jax.tokenizers.base import Tokenizer
-from maskgil_jax.tokenizers.losses import codebook_usage
+from maskgil_jax.tokenizers.lpips import LPIPSConfig
 from maskgil_jax.training import loop
+from maskgil_jax.training.adversarial import AdversarialState
 from maskgil_jax.workdir import claim_workdir
-
-GRID_ROWS = 8
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes the cluster started.")
@@ -65,18 +62,19 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     build.check_batch(config, mesh)
     source = build.make_source(config)
     tokenizer = _open_tokenizer(config, source)
+    perceptual = _open_perceptual(config)
     with _claim_together(workdir, config), jax.set_mesh(mesh):
         task = (
             build.make_maskgil_task(config, mesh)
             if config.kind == "maskgil"
-            else build.make_tokenizer_task(config, mesh)
+            else build.make_tokenizer_task(config, mesh, perceptual)
         )
         batches = _open_batches(config, source, tokenizer, mesh)
         state = _run(config, workdir, mesh, task, batches, tokenizer)
-        report = _report(config, mesh, tokenizer, state)
-    report["seconds"] = round(time.monotonic() - started, 1)
-    say(json.dumps(report))
-    return report
+        measured = report.measure(config, mesh, tokenizer, state)
+    measured["seconds"] = round(time.monotonic() - started, 1)
+    say(json.dumps(measured))
+    return measured
 
 
 def _run(
@@ -107,7 +105,7 @@ def _run(
                 writer.add_scalar(name, value, step)
 
         def sample(step: int, state: Any) -> None:
-            grid = _draw_grid(config, mesh, tokenizer, state)
+            grid = report.draw_grid(config, mesh, tokenizer, state)
             if jax.process_index() == 0:
                 path = os.path.join(workdir, "samples", f"{step:07}.png")
                 pictures.save_png(path, grid)
@@ -146,6 +144,7 @@ def _restore(
         params=trees["params"],
         opt_state=progress["opt_state"],
         ema=trees.get("ema"),
+        **{name: trees[name] for name in ("discriminator",) if name in trees},
     )
     return state, step
 
@@ -156,6 +155,8 @@ def _as_trees(state: Any) -> dict[str, Any]:
         "params": state.params,
         "progress": {"step": state.step, "opt_state": state.opt_state},
     }
+    if isinstance(state, AdversarialState):
+        trees["discriminator"] = state.discriminator
     return trees if state.ema is None else trees | {"ema": state.ema}
 
 
@@ -164,8 +165,24 @@ def _open_tokenizer(config: ConfigDict, source: Any) -> Tokenizer | None:
     if config.kind == "tokenizer":
         return None
     tokenizer = generator.load_tokenizer(config.tokenizer.path)
+    if config.data.name == "tokens":
+        build.check_stored_tokens(config, source, tokenizer)
     build_models.check_fit(config, tokenizer.spec, source.num_classes)
     return tokenizer
+
+
+def _open_perceptual(config: ConfigDict) -> tuple[Any, Any] | None:
+    """Return the module and the weights of the perceptual term; `None` if it has no weight."""
+    path = config.vq_loss.lpips_path
+    if config.kind != "tokenizer" or not path:
+        return None
+    stored = checkpoints.read_model_dir(path)
+    if (stored.kind, stored.family) != ("perceptual", LPIPSConfig.family):
+        raise ValueError(
+            f"vq_loss.lpips_path {path} holds a {stored.kind} of family {stored.family!r}; give a "
+            f"directory that tools/convert_checkpoint.py wrote with --family {LPIPSConfig.family}"
+        )
+    return LPIPSConfig.from_dict(stored.config).make_module(), stored.params
 
 
 def _open_batches(
@@ -179,88 +196,14 @@ def _open_batches(
         say(f"encoded {len(source):,} images in {time.monotonic() - began:.1f} s")
         batches = build.make_batches(config, source, None)
         return loop.DeviceBatches(batches, put, config.data.prefetch)
+    if config.data.name == "tokens":
+        batches = build.make_batches(config, source, PickCrop())
+        return loop.DeviceBatches(batches, put, config.data.prefetch)
     batches = build.make_batches(config, source, build.image_transform(config))
     if tokenizer is None:
         return loop.DeviceBatches(batches, put, config.data.prefetch)
     encode = build.make_encoder(tokenizer, mesh)
     return loop.DeviceBatches(batches, lambda batch: encode(put(batch)), config.data.prefetch)
-
-
-def _inference_params(state: Any) -> Any:
-    return state.params if state.ema is None else state.ema
-
-
-def _generate(
-    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer, state: Any, labels: np.ndarray
-) -> np.ndarray:
-    tokens = generator.generate_tokens(
-        build_models.model_config(config),
-        _inference_params(state),
-        labels,
-        build_models.sampler_config(config),
-        seed=config.seed,
-        batch_size=config.report.batch_size,
-        mesh=mesh,
-    )
-    return generator.decode_images(tokenizer, tokens)
-
-
-def _draw_grid(
-    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
-) -> np.ndarray:
-    """Return samples, one class a column; for a tokenizer, images above reconstructions."""
-    if tokenizer is not None:
-        columns = min(config.model.num_classes, 10)
-        labels = np.tile(np.arange(columns), GRID_ROWS)
-        images = _generate(config, mesh, tokenizer, state, labels)
-        return pictures.make_grid(images, columns=columns)
-    images = _example_images(config)[:16]
-    trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
-    rebuilt = pictures.to_uint8(np.asarray(trained.decode(trained.encode(images))))
-    both = np.concatenate([pictures.to_uint8(images), rebuilt])
-    return pictures.make_grid(both, columns=len(images))
-
-
-def _local(state: Any) -> Any:
-    """Return the parameters as NumPy arrays, gathered from all processes."""
-    return multihost_utils.process_allgather(_inference_params(state), tiled=True)
-
-
-def _example_images(config: ConfigDict) -> np.ndarray:
-    """Return images to reconstruct: held-out digits, or the first of the training images."""
-    if config.data.name == "digits":
-        return to_float(digits_arrays("test")[0])
-    source, transform = build.make_source(config), build.image_transform(config)
-    count = min(len(source), 64)
-    rng = np.random.default_rng(config.seed)
-    return np.stack([transform(source[i], rng)["image"] for i in range(count)])
-
-
-def _report(
-    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
-) -> dict[str, Any]:
-    """Measure what was trained."""
-    report: dict[str, Any] = {"steps": config.training.num_steps}
-    if config.report.name == "none":
-        return report
-    if tokenizer is None:
-        images = _example_images(config)
-        trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
-        tokens = trained.encode(images, batch_size=64)
-        rebuilt = np.clip(np.asarray(trained.decode(tokens, batch_size=64)), -1, 1)
-        mse = float(np.mean((rebuilt - images) ** 2))
-        train_images = to_float(digits_arrays("train")[0])
-        usage = codebook_usage(
-            trained.encode(train_images, batch_size=64), trained.spec.codebook_size
-        )
-        psnr = 10 * np.log10(4 / mse)
-        return report | {"mse": mse, "psnr_db": float(psnr), "usage": float(usage)}
-    labels = np.arange(config.report.num_samples) % config.model.num_classes
-    images = _generate(config, mesh, tokenizer, state, labels)
-    measured = digits_report(
-        images, labels, train=digits_arrays("train"), heldout=digits_arrays("test")
-    )
-    return report | {name: round(value, 4) for name, value in measured.items()}
 
 
 def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
@@ -270,11 +213,13 @@ def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
 
 
 def _resolve(config: ConfigDict) -> ConfigDict:
-    """Return a copy whose tokenizer is found from any directory."""
+    """Return a copy whose tokenizer and perceptual weights are found from any directory."""
     config = config.copy_and_resolve_references()
     path = config.tokenizer.path
     if path and not path.startswith(build_models.ASSET):
         config.tokenizer.path = os.path.abspath(path)
+    if config.vq_loss.lpips_path:
+        config.vq_loss.lpips_path = os.path.abspath(config.vq_loss.lpips_path)
     return config
 
 
@@ -309,5 +254,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)  # so that --help lists --workdir
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

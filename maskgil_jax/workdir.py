@@ -20,6 +20,7 @@ _FREE = (
     "report.",
     "sampler.",
     "mesh.",
+    "data.check_records",
     "data.max_bad_images",
     "data.num_threads",
     "data.prefetch",

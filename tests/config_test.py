@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import json
 import pathlib
 
 import jax
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 from maskgil_jax import config as schema
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build_training
+from maskgil_jax.models.bert import BidirectionalTransformerConfig
+from maskgil_jax.models.maskgil import MaskGILConfig
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -19,17 +22,17 @@ DECISIONS = {
     "paper": {
         "model": ("first", "2d", "identity", "separate"),
         "training": ("masked", "bernoulli"),
-        "sampler": ("arccos", "increments", True, "constant", 1.0, 0.0),
+        "sampler": ("arccos", "increments", True, 2.0, "constant", 1.0, 0.0),
     },
     "released": {
         "model": ("last", "1d", "table", "shared"),
         "training": ("all", "bernoulli"),
-        "sampler": ("arccos", "increments", False, "linear", 1.0, 4.5),
+        "sampler": ("arccos", "increments", False, 3.0, "linear", 1.0, 4.5),
     },
     "recommended": {
         "model": ("first", "2d", "identity", "separate"),
         "training": ("masked", "exact"),
-        "sampler": ("arccos", "increments", True, "linear", 1.0, 4.5),
+        "sampler": ("arccos", "increments", True, 2.0, "linear", 1.0, 4.5),
     },
 }
 FIELDS = {
@@ -39,6 +42,7 @@ FIELDS = {
         "schedule",
         "schedule_form",
         "rescale",
+        "guidance_scale",
         "guidance_schedule",
         "temperature",
         "gumbel_temperature",
@@ -107,6 +111,31 @@ def test_differences_are_listed_one_a_line():
     ]
 
 
+def test_a_family_takes_its_own_fields_and_refuses_what_others_have():
+    config = schema.preset("released")
+    config.model.family = "bidirectional-transformer"
+    # What the preset gives to fields that the family lacks says nothing about the run.
+    model = build_models.model_config(config)
+    assert isinstance(model, BidirectionalTransformerConfig)
+    assert (model.family, model.width, model.codebook_size) == (config.model.family, 768, 16384)
+    for name, value in (("rope", "2d"), ("qk_norm", "rms"), ("embedding_dropout", 0.1)):
+        changed = schema.preset("released")
+        changed.model.update({"family": config.model.family, name: value})
+        with pytest.raises(ValueError, match=rf"model\.{name} .* has no meaning for model.family"):
+            build_training.validate(changed)
+    config.model.family = "bidirectional"
+    with pytest.raises(ValueError, match="model family 'bidirectional' is unknown; .*Did you mean"):
+        build_training.validate(config)
+
+
+def test_a_run_from_before_there_were_families_is_a_maskgil():
+    fields = schema.preset().to_dict()
+    del fields["model"]["family"]
+    found = schema.from_json(json.dumps(fields))
+    assert schema.diff(found, schema.preset()) == []
+    assert isinstance(build_models.model_config(found), MaskGILConfig)
+
+
 def load(path):
     spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -131,9 +160,16 @@ def test_every_config_file_builds(path, preset):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("b", 110.9), ("l", 342.9), ("xl", 774.7), ("xxl", 1411.1)]
+    ("name", "millions"),
+    [
+        ("b", 110.9),
+        ("l", 342.9),
+        ("xl", 774.7),
+        ("xxl", 1411.1),
+        ("bidirectional_transformer", 104.9),
+    ],
 )
-def test_config_files_of_the_sizes_hold_table_2(name, millions):
+def test_config_files_of_the_sizes_hold_the_papers_tables(name, millions):
     get_config = load(next(path for path in CONFIGS if path.stem == name)).get_config
     model = build_models.model_config(get_config())
     tree = nn.unbox(jax.eval_shape(build_models.init_model(model), jax.random.key(0)))

@@ -1,6 +1,7 @@
 import json
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import tiny
 
 import maskgil_jax
 from maskgil_jax import checkpoints, workdir
+from maskgil_jax.build.models import MODELS
 from maskgil_jax.train import train
 from maskgil_jax.training.loop import NonFiniteError
 
@@ -124,7 +126,11 @@ def test_two_processes_compute_what_one_does(inputs, finished, tmp_path):
         )
         for index in range(2)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "step" not in outputs[1][0]
     one, two = losses(finished[1]), losses(outputs[0][0])
@@ -135,7 +141,11 @@ def test_two_processes_compute_what_one_does(inputs, finished, tmp_path):
         np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_still_ends_alike(config, tmp_path, capsys):
+@pytest.mark.parametrize("family", MODELS)
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_still_ends_alike(
+    config, family, tmp_path, capsys
+):
+    config.model.family = family
     config.training.num_steps, config.logging.checkpoint_every = 6, 2
     train(config, tmp_path / "whole")
     config.training.num_steps = 4
@@ -151,6 +161,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_still_ends_alike(config, 
     expected, actual = final_state(tmp_path / "whole", 6), final_state(tmp_path / "run", 6)
     for name, value in expected.items():
         np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(("item", "expected"), [("progress", 12), ("ema", 8)])
+def test_loading_verifies_what_it_reads(finished, tmp_path, item, expected):
+    shutil.copytree(finished[0], tmp_path / "run")
+    files = (tmp_path / "run/checkpoints/12" / item).rglob("*")
+    victim = max(files, key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\0")
+    loaded = maskgil_jax.load_model(tmp_path / "run")
+    kept = final_state(finished[0], expected)
+    np.testing.assert_array_equal(
+        loaded.params["head"]["kernel"], kept["['ema']['head']['kernel']"]
+    )
 
 
 def test_loaded_model_and_tokenizer_work_together(inputs, finished):

@@ -2,9 +2,11 @@
 
 A *source* is a random-access object: `len(source)`, `source[i]` giving a dict of arrays, `.name`,
 and for labelled images `.num_classes`. Image records are `{"image": uint8 [H W 3], "label": int32
-[]}`, cached-token records `{"tokens": int32 [gh gw], "label": int32 []}`.
+[]}`, cached-token records `{"tokens": int32 [gh gw], "label": int32 []}`, stored-token records the
+same with all crops, [crops gh gw].
 
-- `digits`, `folder`, `tfds`, `arrays`: the sources.
+- `digits`, `canvases`, `folder`, `tfds`, `arrays`, `token_records`: the sources.
+- `crops`: the views of an image whose tokens are stored.
 - `transforms`: record → record, with a generator where something is drawn.
 - `pipeline`: source → shuffled, sharded, batched iterator that resumes exactly.
 

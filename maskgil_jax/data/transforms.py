@@ -49,6 +49,64 @@ class CenterCrop:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ResizedRandomCrop:
+    """Resize the shorter side a little beyond `size` pixels and cut a random square.
+
+    The square holds between `min_share` and all of the shorter side, drawn uniformly by the pixel.
+
+    Raises:
+      ValueError: `size` is not positive, or `min_share` is not in (0, 1].
+
+    Reference: openai/guided-diffusion, guided_diffusion/image_datasets.py (random_crop_arr), with
+    which LlamaGen's tokenizers were trained.
+    """
+
+    size: int
+    min_share: float = 0.8
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size = {self.size}; give at least 1 pixel")
+        if not 0 < self.min_share <= 1:
+            raise ValueError(f"min_share = {self.min_share}; allowed: more than 0, at most 1")
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw size and place, and crop the image."""
+        side = int(rng.integers(self.size, math.ceil(self.size / self.min_share) + 1))
+        resized = record | {"image": resize_shorter(record["image"], side)}
+        return RandomCrop(size=(self.size, self.size))(resized, rng)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomCrop:
+    """Cut a window of `size` (height, width) pixels at a uniform place, without resizing.
+
+    Raises:
+      ValueError: a side of `size` is not positive; when called, the image is smaller.
+    """
+
+    size: tuple[int, int]
+
+    def __post_init__(self):
+        if min(self.size) < 1:
+            raise ValueError(f"size = {self.size}; give at least 1 pixel per side")
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw the place and crop the image."""
+        image = record["image"]
+        height, width = self.size
+        room = image.shape[0] - height, image.shape[1] - width
+        if min(room) < 0:
+            raise ValueError(
+                f"image of {image.shape[0]}x{image.shape[1]} pixels is smaller than the crop "
+                f"{height}x{width}; give a smaller size"
+            )
+        # `integers` would take more numbers from the generator for some images than for others.
+        top, left = (int(u * (space + 1)) for u, space in zip(rng.random(2), room, strict=True))
+        return record | {"image": image[top : top + height, left : left + width]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomFlip:
     """Mirror the image left to right with the given probability.
 
@@ -111,6 +169,16 @@ class RandomAffine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PickCrop:
+    """Take one of the stored crops of tokens [crops gh gw], each with the same probability."""
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw once, and take that crop."""
+        tokens = record["tokens"]
+        return record | {"tokens": tokens[rng.integers(len(tokens))]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToFloat:
     """Turn uint8 pixels 0..255 into float32 in [-1, 1]."""
 
@@ -122,20 +190,26 @@ class ToFloat:
 def center_crop(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
     """Return the central square, its side resized to `size` pixels.
 
-    Halved by 2×2 boxes while the shorter side is at least twice `size`, then bicubic: the crop of
-    the ImageNet reference statistics.
-
     Reference: openai/guided-diffusion, guided_diffusion/image_datasets.py (center_crop_arr).
     """
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        halved = (picture.width // 2, picture.height // 2)
-        picture = picture.resize(halved, Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    scaled = (round(picture.width * scale), round(picture.height * scale))
-    pixels = np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
+    pixels = resize_shorter(image, size)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def resize_shorter(image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Resize so that the shorter side has `side` pixels.
+
+    Halved by 2×2 boxes while the shorter side is at least twice that, then bicubic: as the images
+    of the ImageNet reference statistics.
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * side:
+        halved = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(halved, Image.Resampling.BOX)
+    scale = side / min(picture.size)
+    scaled = (round(picture.width * scale), round(picture.height * scale))
+    return np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
 
 
 def warp_affine(

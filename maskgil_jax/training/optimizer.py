@@ -88,7 +88,10 @@ def find_matrices(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, decayed: Callable[[Any], Any] = find_matrices
+    config: OptimizerConfig,
+    num_steps: int,
+    decayed: Callable[[Any], Any] = find_matrices,
+    first_step: int = 0,
 ) -> optax.GradientTransformation:
     """Return the gradient transformation of a run over `num_steps` updates.
 
@@ -97,11 +100,14 @@ def make_optimizer(
         num_steps: length of the run, which a cosine rate needs.
         decayed: function from parameters to a tree of booleans, true where they decay when
             `config.decay` is `matrices`.
+        first_step: updates of the run before this transformation's first, so that its learning
+            rate is that of the run.
     """
+    rate = make_rate(config, num_steps)
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(
         optax.adamw(
-            make_rate(config, num_steps),
+            (lambda count: rate(count + first_step)) if first_step else rate,
             b1=config.betas[0],
             b2=config.betas[1],
             eps=config.epsilon,

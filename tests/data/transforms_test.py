@@ -5,7 +5,9 @@ from maskgil_jax.data.transforms import (
     CenterCrop,
     Chain,
     RandomAffine,
+    RandomCrop,
     RandomFlip,
+    ResizedRandomCrop,
     ToFloat,
     center_crop,
     warp_affine,
@@ -38,6 +40,42 @@ def test_center_crop_halves_by_boxes_first():
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[0, 0] = 160
     assert center_crop(pixels, 1).ravel().tolist() == [10, 10, 10]
+
+
+def test_resized_random_crop_holds_most_of_the_shorter_side():
+    # Columns are numbered, so a crop tells how much of the width it holds, and where.
+    wide = np.broadcast_to(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (100, 100, 3))
+    crops = [apply(ResizedRandomCrop(size=40), wide, seed).astype(int) for seed in range(200)]
+    assert {crop.shape for crop in crops} == {(40, 40, 3)}
+    shares = np.array([(crop[0, -1, 0] - crop[0, 0, 0]) / 200 for crop in crops])
+    assert 0.76 <= shares.min() < 0.8 < 0.95 < shares.max() <= 1
+    starts = np.array([crop[0, 0, 0] for crop in crops])
+    assert starts.min() <= 2
+    assert starts.max() >= 30
+    whole = apply(ResizedRandomCrop(size=40, min_share=1.0), wide, 0)
+    np.testing.assert_array_equal(whole, center_crop(wide, 40))
+    with pytest.raises(ValueError, match="min_share = 0.0"):
+        ResizedRandomCrop(size=40, min_share=0.0)
+
+
+def test_random_crop_is_a_window_at_every_place_alike(image):
+    windows = {image[i : i + 10, j : j + 11].tobytes(): (i, j) for i in range(3) for j in range(2)}
+    crops = [apply(RandomCrop(size=(10, 11)), image, seed) for seed in range(300)]
+    places = [windows[crop.tobytes()] for crop in crops]
+    counts = [places.count(place) for place in windows.values()]
+    assert min(counts) > 25  # 50 of each expected
+    np.testing.assert_array_equal(apply(RandomCrop(size=(12, 12)), image), image)
+    with pytest.raises(ValueError, match="12x12 pixels is smaller than the crop 12x13"):
+        apply(RandomCrop(size=(12, 13)), image)
+
+
+def test_random_crop_draws_as_much_from_images_of_any_size(image):
+    left = []
+    for size in ((12, 12), (1, 1), (5, 12)):
+        rng = np.random.default_rng(3)
+        RandomCrop(size=size)({"image": image}, rng)
+        left.append(rng.random())
+    assert len(set(left)) == 1
 
 
 def test_flip_mirrors_left_to_right_about_as_often_as_asked(image):
@@ -109,6 +147,7 @@ def test_chain_runs_in_order_and_leaves_the_record_alone(image):
     ("make", "match"),
     [
         (lambda: CenterCrop(size=0), "size = 0"),
+        (lambda: RandomCrop(size=(4, 0)), r"size = \(4, 0\)"),
         (lambda: RandomFlip(probability=1.5), "probability = 1.5"),
         (lambda: RandomAffine(max_shift_px=-1.0), "max_shift_px = -1.0"),
         (lambda: RandomAffine(max_rotation_deg=float("nan")), "max_rotation_deg = nan"),

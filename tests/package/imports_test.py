@@ -22,6 +22,7 @@ ROOMS = {
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints"},
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
+    "report": {"generator", "build", "data", "evals", "tokenizers", "pictures"},
     "generator": {"build.models", "models", "tokenizers", "text", "decoding", "checkpoints"}
     | {"sharding", "workdir", "pictures", "config"},
 }

@@ -1,0 +1,46 @@
+"""LlamaGen-VQ for canvases of coloured digits: 8×8 pixels a token, 512 codes.
+
+Trained on 64×64 crops; its nets take canvases of any size. The tokenizer that the package ships as
+`asset:t2i_digits_tokenizer` was trained by exactly this file.
+
+Paper row: none (the embedded text-to-image set). Hardware: two CPU cores.
+Expected metric: see RESULTS.md.
+Command: python -m maskgil_jax.train --config configs/t2i_digits_tokenizer.py --workdir runs/t2i
+"""
+
+from maskgil_jax import config as schema
+
+
+def get_config(preset: str = "recommended"):
+    """Return the configuration."""
+    config = schema.preset(preset)
+    config.kind = "tokenizer"
+
+    config.vq.codebook_size = 512
+    config.vq.embed_dim = 8
+    config.vq.channels = 32
+    config.vq.channel_multipliers = (1, 1, 1, 2)
+    config.vq.num_res_blocks = 1
+    config.vq.latent_channels = 64
+    config.vq_loss.entropy = 0.003
+    config.vq_loss.entropy_temperature = 0.05
+
+    config.data.name = "canvases"
+    config.data.image_size = (64, 64)
+    config.data.crop = "window"
+    config.data.flip = False
+    config.data.num_threads = 1
+
+    config.training.batch_size = 16
+    config.training.num_steps = 2000
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.rate_schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.0
+
+    config.logging.every = 100
+    config.logging.sample_every = 500
+    config.logging.checkpoint_every = 200
+    config.report.name = "canvases"
+    config.report.batch_size = 32
+    return config

@@ -1,0 +1,180 @@
+"""What is seen and measured of a run: grids of pictures on the way, figures at the end.
+
+Calls on generation, embedded data and `evals/`; `train.py` says when.
+"""
+
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from maskgil_jax import generator, pictures
+from maskgil_jax.build import models as build_models
+from maskgil_jax.build import training as build
+from maskgil_jax.data.canvases import COLOURS, SIZES, CanvasSource, Scene
+from maskgil_jax.data.digits import digits_arrays
+from maskgil_jax.data.transforms import to_float
+from maskgil_jax.evals import textures
+from maskgil_jax.evals.canvases import canvases_report, cut_digit
+from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.tokenizers.losses import codebook_usage
+
+GRID_ROWS = 8
+READER_CANVASES = 2000  # training canvases that the reader of digits is fitted on
+
+
+def draw_grid(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
+) -> np.ndarray:
+    """Return samples, one class a column; for a tokenizer, images above reconstructions."""
+    if tokenizer is not None:
+        columns = min(config.model.num_classes, 10)
+        labels = np.tile(np.arange(columns), GRID_ROWS)
+        images = _generate(config, mesh, tokenizer, state, labels)
+        return pictures.make_grid(images, columns=columns)
+    images = _example_images(config)[:16]
+    trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
+    rebuilt = pictures.to_uint8(np.asarray(trained.decode(trained.encode(images))))
+    both = np.concatenate([pictures.to_uint8(images), rebuilt])
+    return pictures.make_grid(both, columns=len(images))
+
+
+def measure(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
+) -> dict[str, Any]:
+    """Return the figures that `config.report.name` asks for, and the number of updates.
+
+    Args:
+        config: of the run.
+        mesh: devices to generate on.
+        tokenizer: of a model's tokens; `None` if a tokenizer was trained.
+        state: the training state.
+    """
+    steps = {"steps": config.training.num_steps}
+    if config.report.name == "none":
+        return steps
+    if tokenizer is not None:
+        return steps | _measure_samples(config, mesh, tokenizer, state)
+    trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
+    if config.report.name == "canvases":
+        return steps | _measure_canvases(config, trained)
+    return steps | _measure_digits(config, trained)
+
+
+def _measure_samples(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer, state: Any
+) -> dict[str, float]:
+    labels = np.arange(config.report.num_samples) % config.model.num_classes
+    images = _generate(config, mesh, tokenizer, state, labels)
+    measured = digits_report(
+        images, labels, train=digits_arrays("train"), heldout=digits_arrays("test")
+    )
+    return {name: round(value, 4) for name, value in measured.items()}
+
+
+def _measure_digits(config: ConfigDict, trained: Tokenizer) -> dict[str, float]:
+    """Rebuild the held-out digits; usage is that of the training digits."""
+    images = _example_images(config)
+    tokens = trained.encode(images, batch_size=64)
+    rebuilt = np.clip(np.asarray(trained.decode(tokens, batch_size=64)), -1, 1)
+    mse = float(np.mean((rebuilt - images) ** 2))
+    train_images = to_float(digits_arrays("train")[0])
+    usage = codebook_usage(trained.encode(train_images, batch_size=64), trained.spec.codebook_size)
+    return {
+        "mse": mse,
+        "psnr_db": float(10 * np.log10(4 / mse)),
+        "usage": float(usage),
+        "high_frequency_ratio": textures.high_frequency_ratio(rebuilt, images),
+        "patch_frechet": textures.patch_frechet(rebuilt, images),
+    }
+
+
+def _measure_canvases(config: ConfigDict, trained: Tokenizer) -> dict[str, float]:
+    """Rebuild `report.num_samples` held-out canvases, as many of each size, and compare."""
+    per_size = -(-config.report.num_samples // len(SIZES))
+    errors: dict[str, float] = {}
+    counts = np.zeros(trained.spec.codebook_size, int)
+    originals: list[tuple[np.ndarray, Scene]] = []
+    rebuilt: list[tuple[np.ndarray, Scene]] = []
+    for size in SIZES:
+        drawn = [CanvasSource("test", size).draw(index) for index in range(per_size)]
+        images = to_float(np.stack([image for image, _ in drawn]))
+        tokens = trained.encode(images, batch_size=config.report.batch_size)
+        decoded = np.asarray(trained.decode(tokens, batch_size=config.report.batch_size))
+        errors["{}x{}".format(*size)] = float(np.mean((decoded.clip(-1, 1) - images) ** 2))
+        counts += np.bincount(np.asarray(tokens).ravel(), minlength=len(counts))
+        originals += drawn
+        scenes = [scene for _, scene in drawn]
+        rebuilt += zip(pictures.to_uint8(decoded), scenes, strict=True)
+    mse = sum(errors.values()) / len(errors)
+    measured = {
+        "mse": mse,
+        "psnr_db": 10 * np.log10(4 / mse),
+        **{f"psnr_db_{name}": 10 * np.log10(4 / error) for name, error in errors.items()},
+        "usage": np.mean(counts > 0),
+        **_read_canvases(originals, rebuilt),
+    }
+    return {name: round(float(value), 5) for name, value in measured.items()}
+
+
+def _read_canvases(
+    originals: list[tuple[np.ndarray, Scene]], rebuilt: list[tuple[np.ndarray, Scene]]
+) -> dict[str, float]:
+    """Compare the digits that the scenes name, read by what is learnt from training canvases."""
+
+    def cut(canvases: list[tuple[np.ndarray, Scene]]) -> np.ndarray:
+        return np.stack(
+            [cut_digit(image, o.box) for image, scene in canvases for o in scene.objects]
+        )
+
+    source = CanvasSource("train")
+    train = [source.draw(index) for index in range(READER_CANVASES)]
+    known = [o.digit for _, scene in train for o in scene.objects]
+    objects = [o for _, scene in originals for o in scene.objects]
+    return canvases_report(
+        cut(rebuilt),
+        cut(originals),
+        np.array([o.digit for o in objects]),
+        np.array([tuple(COLOURS).index(o.colour) for o in objects]),
+        palette=np.array(list(COLOURS.values())),
+        train=(cut(train), np.array(known)),
+    )
+
+
+def _generate(
+    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer, state: Any, labels: np.ndarray
+) -> np.ndarray:
+    tokens = generator.generate_tokens(
+        build_models.model_config(config),
+        _inference_params(state),
+        labels,
+        build_models.sampler_config(config),
+        seed=config.seed,
+        batch_size=config.report.batch_size,
+        mesh=mesh,
+    )
+    return generator.decode_images(tokenizer, tokens)
+
+
+def _inference_params(state: Any) -> Any:
+    return state.params if state.ema is None else state.ema
+
+
+def _local(state: Any) -> Any:
+    """Return the parameters as NumPy arrays, gathered from all processes."""
+    return multihost_utils.process_allgather(_inference_params(state), tiled=True)
+
+
+def _example_images(config: ConfigDict) -> np.ndarray:
+    """Return images to reconstruct: held-out ones of digits and canvases, else the first."""
+    if config.data.name == "digits":
+        return to_float(digits_arrays("test")[0])
+    held_out = config.data.name == "canvases"
+    source = CanvasSource("test") if held_out else build.make_source(config)
+    transform = build.image_transform(config)
+    count = min(len(source), 64)
+    rng = np.random.default_rng(config.seed)
+    return np.stack([transform(source[i], rng)["image"] for i in range(count)])
