@@ -14,6 +14,7 @@ def canvases():
     config.vq.channel_multipliers = (1, 1, 1, 2)
     config.data.name = "canvases"
     config.data.image_size = (48, 64)
+    config.data.crop = "window"
     config.data.flip = False
     return config
 
@@ -44,9 +45,16 @@ def test_canvases_are_cropped_anywhere_and_scaled(canvases):
         ({"data.image_size": (64, 72)}, r"image_size \(64, 72\) is larger than the smallest"),
         ({"data.flip": True}, "flip True would mirror the digits"),
         ({"report.name": "digits"}, "report.name 'digits' needs data.name 'digits'"),
-        ({"data.name": "digits", "data.image_size": (48, 64)}, "must be square"),
+        ({"data.crop": "center"}, "crop 'center' does not go with data.name 'canvases'"),
+        ({"data.name": "digits"}, "crop 'window' does not go with data.name 'digits'"),
+        ({"data.name": "digits", "data.crop": "center"}, r"\(48, 64\) must be square"),
         (
-            {"data.name": "digits", "data.image_size": (64, 64), "report.name": "canvases"},
+            {
+                "data.name": "digits",
+                "data.crop": "center",
+                "data.image_size": (64, 64),
+                "report.name": "canvases",
+            },
             "report.name 'canvases' needs data.name 'canvases'",
         ),
         ({"kind": "maskgil", "report.name": "canvases"}, "is for kind 'tokenizer'"),
