@@ -156,6 +156,9 @@ def extract(
     work.mkdir(parents=True, exist_ok=True)
     with _hold(work / f"process-{place.index}.lock", out):
         synchronise()
+        if place.index == 0:
+            _check_others(out, place.count)
+        synchronise()
         finished = _prepare(out, wanted)
         if finished is None:
             maker = _Maker(
@@ -175,7 +178,10 @@ def extract(
         for other in range(1, place.count):
             while not _is_free(work / f"process-{other}.lock"):
                 time.sleep(_POLL_SECONDS)
-        shutil.rmtree(work)
+        # A network file system keeps the lock in its folder until it is closed.
+        shutil.rmtree(work, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
     return finished
 
 
@@ -410,13 +416,21 @@ def _read_note(out: pathlib.Path, name: str) -> Shard | None:
         return None
 
 
+def _find_whole(out: pathlib.Path, name: str) -> Shard | None:
+    """Return the note of a shard if its file is what the note says."""
+    note = _read_note(out, name)
+    try:
+        return note if note and find_shard_problem(out, note, full=True) is None else None
+    except FileNotFoundError:  # another process has just removed it, to make it again
+        return None
+
+
 def _read_whole(out: pathlib.Path, name: str) -> Shard | None:
     """Return the note of a shard if its file is what the note says; else remove both.
 
     Of a file without a note, nobody knows whether it is whole and what it left out.
     """
-    note = _read_note(out, name)
-    if note is not None and find_shard_problem(out, note, full=True) is None:
+    if note := _find_whole(out, name):
         return note
     _note_path(out, name).unlink(missing_ok=True)
     (out / name).unlink(missing_ok=True)
@@ -431,10 +445,12 @@ def _finish(
     for shard in range(wanted.num_shards):
         name, owner = wanted.shard_name(shard), shard % place.count
         lock = out / WORK / f"process-{owner}.lock"
-        while (note := _read_note(out, name)) is None:
+        # The note of another may be older than a damage that its process has yet to find.
+        find = _read_note if owner == place.index else _find_whole
+        while (note := find(out, name)) is None:
             # Asked once more: its last note may have come between the two looks.
             ended = owner == place.index or _is_free(lock)
-            if ended and _read_note(out, name) is None:
+            if ended and find(out, name) is None:
                 raise DatasetError(
                     f"process {owner} ended before {name} was whole; its error says why. Start "
                     "all processes again to go on"
@@ -482,12 +498,37 @@ def _hold(lock: pathlib.Path, out: pathlib.Path, *, wait: bool = False) -> Itera
 
 
 def _is_free(lock: pathlib.Path) -> bool:
-    with open(lock) as file:
-        try:
+    """Tell whether nobody holds a lock file; one that is not there is free."""
+    try:
+        # NFS gives an exclusive lock only on a file that is open for writing.
+        with open(lock, "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    except FileNotFoundError:
         return True
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _check_others(out: pathlib.Path, count: int) -> None:
+    """See, in the first process, that the others hold their locks and that nobody else is there.
+
+    Of an extraction by more processes some may still run after its first has ended.
+    """
+    for other in range(1, count):
+        if _is_free(out / WORK / f"process-{other}.lock"):
+            raise DatasetError(
+                f"process 0 does not see the lock of process {other} in {out}: the folder is not "
+                "the same one, or its file system does not share locks between machines; choose "
+                "one that does, such as NFS"
+            )
+    own = {f"process-{index}.lock" for index in range(count)}
+    for lock in sorted((out / WORK).glob("process-*.lock")):
+        if lock.name not in own and not _is_free(lock):
+            raise DatasetError(
+                f"{out} is in use by {lock.read_text().strip() or 'a process'} of an extraction "
+                "by more processes; wait for it to end or choose another folder"
+            )
 
 
 def open_source(args: argparse.Namespace) -> Source:
@@ -535,7 +576,7 @@ def describe(
             downsample_factor=spec.downsample_factor,
             dtype=tokenizer.config.to_dict()["dtype"],
         ),
-        source=source.name,
+        source=_identify(source),
         source_records=len(source),
         num_classes=getattr(source, "num_classes", None),
         has_captions=args.captions,
@@ -544,6 +585,16 @@ def describe(
         batch_size=args.batch_size,
         num_shards=args.num_shards,
     )
+
+
+def _identify(source: Source) -> str:
+    """Return the name of a data set, of a folder with a sum over the names of its files.
+
+    Files that came and went between two starts would leave images out, or have them twice.
+    """
+    if isinstance(source, ImageFolderSource):
+        return f"{source.name} {source.fingerprint[:12]}"
+    return source.name
 
 
 def make_crops(args: argparse.Namespace) -> Crops:

@@ -223,6 +223,7 @@ def infer_config(
     released = "tok_emb.weight" in state
     table = "tok_emb.weight" if released else "tok_embeddings.weight"
     needed = [table, "output.weight", "layers.0.feed_forward.w1.weight"]
+    needed += [] if released else ["cls_embedding.embedding_table.weight"]
     if missing := [key for key in needed if key not in state]:
         raise ValueError(f"no MaskGIL checkpoint: {', '.join(missing)} missing")
     layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))

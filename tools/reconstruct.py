@@ -72,7 +72,7 @@ def list_images(names: Sequence[str]) -> list[Entry]:
     paths: list[Path] = []
     for path in map(Path, names):
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS]
+            found = [p for p in sorted(path.rglob("*")) if _is_image(p)]
             if not found:
                 raise DatasetError(f"{path} holds no images ({', '.join(EXTENSIONS)})")
             paths += found
@@ -84,6 +84,11 @@ def list_images(names: Sequence[str]) -> list[Entry]:
                 f"{' or '.join(EMBEDDED)}"
             )
     return [(str(path), functools.partial(_read, path)) for path in paths]
+
+
+def _is_image(path: Path) -> bool:
+    hidden = path.name.startswith(".")  # such as those that macOS leaves beside images
+    return not hidden and path.suffix.lower() in EXTENSIONS and path.is_file()
 
 
 def _take(source: Source, index: int) -> np.ndarray:

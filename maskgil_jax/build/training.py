@@ -31,6 +31,7 @@ from maskgil_jax.tokenizers.losses import (
     metric_names,
     tokenizer_loss,
 )
+from maskgil_jax.tokenizers.lpips import MIN_SIDE as LPIPS_MIN_SIDE
 from maskgil_jax.tokenizers.open_magvit2 import OpenMAGVIT2Config
 from maskgil_jax.training import adversarial, steps
 from maskgil_jax.training.loop import LoopConfig
@@ -134,6 +135,12 @@ def _check_vq_loss(config: ConfigDict, vq: Any) -> None:
     if section.lpips_path and not weights.perceptual:
         raise ValueError(
             f"vq_loss.lpips_path {section.lpips_path!r} would not be used: vq_loss.perceptual is 0"
+        )
+    if weights.perceptual and min(config.data.image_size) < LPIPS_MIN_SIDE:
+        raise ValueError(
+            f"data.image_size {tuple(config.data.image_size)} is too small for vq_loss.perceptual "
+            f"{weights.perceptual}: LPIPS needs sides of at least {LPIPS_MIN_SIDE} pixels; or set "
+            "it to 0"
         )
     discriminator.find_discriminator_loss(section.discriminator_loss)
     shape, term = discriminator_config(config), adversarial_config(config)

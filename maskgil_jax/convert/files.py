@@ -127,7 +127,8 @@ def open_checkpoint(
     """Open a checkpoint; its tensors can be read inside the `with` block.
 
     An expected SHA-256 is compared before anything of the file is parsed (of a checkpoint in
-    shards, the index has to be read to know which files there are).
+    shards, the index has to be read to know which files there are). At the end of the block it is
+    an error if a file was changed meanwhile.
 
     Args:
         source: a `.pt`, `.pth`, `.ckpt`, `.safetensors` or `.safetensors.index.json` file, on this
@@ -148,7 +149,9 @@ def open_checkpoint(
     check_suffix(source)
     local = source.download() if isinstance(source, HubFile) else source
     shards = _find_shards(source, local) if _is_index(local) else {}
-    files = {path.name: file_sha256(path) for path in sorted({local, *shards})}
+    paths = sorted({local, *shards})
+    marks = [_mark(path) for path in paths]
+    files = {path.name: file_sha256(path) for path in paths}
     found = files[local.name] if not shards else _hash_lines(files)
     if sha256 is not None and found != sha256.strip().lower():
         raise ConversionError(
@@ -170,6 +173,15 @@ def open_checkpoint(
         except safetensors.SafetensorError as error:
             raise ConversionError(f"{source} is no whole safetensors file: {error}") from error
         yield Checkpoint(state_dict=state, weights_under=under, sha256=found, files=files)
+    # Else what was read need not be what the SHA-256 is of.
+    if changed := [p.name for p, mark in zip(paths, marks, strict=True) if _mark(p) != mark]:
+        raise ConversionError(f"{source} was written while it was read: {', '.join(changed)}")
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check_suffix(path: Path | HubFile) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from maskgil_jax.checkpoints import file_sha256
 from maskgil_jax.convert.rules import ConversionError
@@ -78,6 +79,8 @@ def _explain(file: HubFile) -> Iterator[None]:
     """Turn the hub's errors into ours."""
     from huggingface_hub import errors
 
+    # Those of the HTTP library that the client uses, which differs between versions.
+    transport: Any = errors.HfHubHTTPError.__bases__
     at = "" if file.revision is None else f" at revision {file.revision!r}"
     try:
         yield
@@ -99,7 +102,7 @@ def _explain(file: HubFile) -> Iterator[None]:
         ) from error
     except errors.EntryNotFoundError as error:
         raise ConversionError(f"{file}: {file.repo} has no file {file.path!r}{at}") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except (*transport, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversionError(f"{file} could not be downloaded: {reason}") from error
 

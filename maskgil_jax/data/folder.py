@@ -1,6 +1,8 @@
 """An image folder, `root/split/<class>/<image>`, as a source; ImageNet's layout with its wnids."""
 
 import bisect
+import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -63,6 +65,16 @@ class ImageFolderSource:
     def bad_images(self) -> tuple[str, ...]:
         """Paths of the unreadable images met so far."""
         return self._reader.bad_images
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the names of classes and files: another where records would be others."""
+        digest = hashlib.sha256()
+        starts = (0, *self._class_ends)
+        for name, start, end in zip(self.class_names, starts, self._class_ends, strict=False):
+            # No name has a slash or a zero byte in it.
+            digest.update(os.fsencode("\0".join([f"{name}/", *self._files[start:end], ""])))
+        return digest.hexdigest()
 
     def path(self, index: int) -> pathlib.Path:
         """Return the file of record `index`."""

@@ -221,7 +221,7 @@ class TokenDataset:
 
     Attributes:
       tokenizer: what made the tokens.
-      source: name of the data set of images.
+      source: name of the data set of images; of a folder, with a sum over its files' names.
       source_records: its images.
       num_classes: its classes, or `None` where its images have no labels.
       has_captions: whether the texts of its images are kept.
@@ -294,7 +294,8 @@ class TokenDataset:
         fields = dataclasses.asdict(self)
         derived = {"grid": self.grid, "dtype": self.layout.dtype, "count": self.count}
         header = {"format": FORMAT, "version": VERSION}
-        return json.dumps(header | derived | fields, indent=1, ensure_ascii=False) + "\n"
+        # In ASCII: paths may hold bytes that are no text, which JSON's escapes bring back.
+        return json.dumps(header | derived | fields, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "TokenDataset":
@@ -497,7 +498,10 @@ class TokenRecordSource:
         self._layout = self.dataset.layout
         self.num_classes = self.dataset.num_classes
         maker = self.dataset.tokenizer.fingerprint[:12]
-        self.name = f"{self.dataset.source} tokens {maker} {len(self.dataset.crops)} crops"
+        # Of whatever else is different the contents are: a run resumes with the same only.
+        contents = hashlib.sha256("".join(s.sha256 for s in self.dataset.shards).encode())
+        crops = f"{len(self.dataset.crops)} crops {contents.hexdigest()[:12]}"
+        self.name = f"{self.dataset.source} tokens {maker} {crops}"
         if check_records:
             self._check_records()
 

@@ -24,6 +24,7 @@ LEVELS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPSILON = 1e-10
+MIN_SIDE = 2 ** (len(LEVELS) - 1)  # of images; below, the last level has no pixel left
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,12 +80,12 @@ class LPIPS(nn.Module):
     ) -> Float[Array, "b"]:
         """Return the distance of each pair of images in [-1, 1]; 0 for equal ones, never below.
 
-        Sides are at least 16 pixels, or the last level has none left.
+        Sides are at least `MIN_SIDE` = 16 pixels.
 
         Raises:
             ValueError: the images are smaller.
         """
-        if min(images.shape[1:3]) < 16:
+        if min(images.shape[1:3]) < MIN_SIDE:
             raise ValueError(f"images of {images.shape[1:3]} pixels: LPIPS needs at least 16 × 16")
         # Level by level over both at once: half as many, larger convolutions.
         both = jnp.concatenate([images, others])

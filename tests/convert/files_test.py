@@ -38,6 +38,23 @@ def test_another_sha256_is_refused(path):
     refused(path, "expected 00ff", sha256="00ff")
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_refused(path, replaced):
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+
+    def read():
+        with open_checkpoint(path) as checkpoint:
+            if replaced:
+                other.replace(path)
+            else:
+                path.write_bytes(other.read_bytes())
+            return checkpoint.sha256
+
+    with pytest.raises(ConversionError, match="was written while it was read: some.safetensors"):
+        read()
+
+
 def test_damaged_safetensors_are_refused(path):
     whole = path.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]

@@ -15,7 +15,7 @@ from goldens_lib import load_golden
 from maskgil_jax.checkpoints import read_model_dir
 from maskgil_jax.convert import ConversionError, import_state_dict
 from maskgil_jax.convert.files import write_checkpoint
-from maskgil_jax.convert.hub import HubFile
+from maskgil_jax.convert.hub import HubFile, _explain
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -196,6 +196,17 @@ def test_what_the_hub_does_not_give_is_said(hub, run, tmp_path):
     ((status, _, err),) = run(command, HF_HUB_OFFLINE="1")
     assert (status, "the hub cannot be reached and the cache has no copy" in err) == (1, True)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_connection_that_breaks_off_is_our_error():
+    errors = pytest.importorskip("huggingface_hub.errors")
+    # As ReadError and RemoteProtocolError of its HTTP library, which may be no OSError.
+    broken = type("Broken", (errors.HfHubHTTPError.__bases__[0],), {})("peer closed connection")
+    with (
+        pytest.raises(ConversionError, match="could not be downloaded: peer closed connection"),
+        _explain(HubFile(REPO, "one.pt")),
+    ):
+        raise broken
 
 
 def test_without_the_client_the_error_names_the_extra(run, tmp_path):

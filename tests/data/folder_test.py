@@ -24,6 +24,21 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_the_fingerprint_is_of_the_names_in_their_classes(folder):
+    def take():
+        return ImageFolderSource(folder, "train").fingerprint
+
+    first = take()
+    write(folder / "train/n01/a.JPEG", (7, 7, 7))
+    assert take() == first
+    (folder / "train/n01/c.PNG").rename(folder / "train/n02/c.PNG")
+    second = take()
+    (folder / "train/n02/c.PNG").rename(folder / "train/n02/d.PNG")
+    third = take()
+    (folder / "train/n02").rename(folder / "train/n025")
+    assert len({first, second, third, take()}) == 4
+
+
 def test_classes_and_files_are_sorted_by_name(folder):
     source = ImageFolderSource(folder, "train")
     names = [source.path(i).relative_to(folder / "train").as_posix() for i in range(len(source))]

@@ -1,11 +1,13 @@
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from maskgil_jax import checkpoints
 from maskgil_jax.data import token_records
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.pipeline import make_loader
@@ -156,6 +158,30 @@ def test_training_sees_every_crop_and_each_record_draws_its_own(tmp_path):
     assert set(seen) == {(i, crop) for i in range(10) for crop in range(2)}
     share = sum(crop for _, crop in seen) / len(seen)
     assert abs(share - 0.5) < 4 * math.sqrt(0.25 / len(seen))
+
+
+def test_a_run_does_not_resume_with_other_tokens_of_as_many_images(tmp_path):
+    crops = dataclasses.replace(DATASET, crops=("center", "else"))
+    write_folder(tmp_path / "a")
+    write_folder(tmp_path / "same", crops)
+    write_folder(
+        tmp_path / "b", change=lambda r: dataclasses.replace(r, tokens=r.tokens[::-1].copy())
+    )
+
+    def open_loader(name):
+        return make_loader(TokenRecordSource(tmp_path / name), batch_size=5, seed=0, num_threads=0)
+
+    state = open_loader("a").get_state()
+    open_loader("same").set_state(state)
+    with pytest.raises(ValueError, match="other data: source was 'pictures/train tokens ab"):
+        open_loader("b").set_state(state)
+
+
+def test_names_that_are_no_text_are_kept(tmp_path):
+    name = os.fsdecode(b"stra\xdfe/\xff.png")
+    dataset = write_folder(tmp_path, dataclasses.replace(DATASET, source=name))
+    checkpoints.write_text_atomically(tmp_path / "dataset.json", dataset.to_json())
+    assert TokenRecordSource(tmp_path).dataset.source == name
 
 
 def test_pick_crop_takes_one_number_of_the_generator_whatever_the_crops():

@@ -154,6 +154,21 @@ def test_samples_follow_the_model(peer):
     np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.05 * 0.95 / 4000))
 
 
+@pytest.mark.parametrize("layout", ["maskgil", "maskgil-released"])
+def test_missing_tensors_are_named(layout, peer):
+    wide = torch.zeros(6, 4)
+    state = {"output.weight": wide, "layers.0.feed_forward.w1.weight": wide}
+    if layout == "maskgil":
+        state["tok_embeddings.weight"] = wide
+        missing = "cls_embedding.embedding_table.weight"
+    else:
+        state["tok_emb.weight"] = torch.zeros(9, 4)
+        missing = "output.weight"
+        del state[missing]
+    with pytest.raises(ValueError, match=f"no MaskGIL checkpoint: {missing} missing"):
+        peer.infer_config(state, num_heads=2)
+
+
 def test_the_command_line_writes_tokens_or_says_why_not(both, peer, tmp_path, capsys):
     _, _, path, options = both
     begin = f"--weights {path} --num_heads 2 --grid_size 3x4 --out {tmp_path / 'tokens.npz'} "

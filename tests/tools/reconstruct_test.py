@@ -33,9 +33,11 @@ def run_tool(*arguments):
     return reconstruct.main([str(argument) for argument in arguments])
 
 
-def rebuild(tokenizer, images):
-    tokens = np.asarray(tokenizer.encode(to_float(images)))
-    return generator.decode_images(tokenizer, tokens), set(tokens.flat)
+def rebuild(tokenizer, images, batch_size=16):
+    """Encode and decode in batches as large as the tool's, which are compiled once for both."""
+    tokens = np.asarray(tokenizer.encode(to_float(images), batch_size=batch_size))
+    rebuilt = generator.decode_images(tokenizer, tokens, batch_size=batch_size)
+    return rebuilt, set(tokens.flat)
 
 
 def test_digits_are_rebuilt_measured_and_shown(tmp_path, capsys):
@@ -44,7 +46,7 @@ def test_digits_are_rebuilt_measured_and_shown(tmp_path, capsys):
     assert run_tool(*arguments, f"--json={tmp_path / 'all.json'}") == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     images = maskgil_jax.data.digits.digits_arrays("test")[0][:21]
-    rebuilt, codes = rebuild(maskgil_jax.load_tokenizer("asset:digits_tokenizer"), images)
+    rebuilt, codes = rebuild(maskgil_jax.load_tokenizer("asset:digits_tokenizer"), images, 8)
     assert report["images"] == 21
     assert report["psnr_db"] == pytest.approx(psnr(images, rebuilt).mean(), abs=1e-3)
     assert report["ssim"] == pytest.approx(ssim(images, rebuilt).mean(), abs=1e-3)
@@ -79,6 +81,8 @@ def test_images_of_any_size_are_cut_to_multiples(inputs, tmp_path, capsys):
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(folder / name)
     (folder / "notes.txt").write_text("no image")
+    (folder / "._a.png").write_text("a Mac's leftover")
+    (folder / "deep" / "folder.png").mkdir()
     tokenizer = maskgil_jax.load_tokenizer(inputs / "tokenizer")
     cut = [pictures["a.png"][:16, 1:29], pictures["deep/b.PNG"], pictures["deep/c.bmp"]]
     rebuilt, codes = zip(*(rebuild(tokenizer, image[None]) for image in cut), strict=True)
