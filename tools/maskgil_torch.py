@@ -13,12 +13,14 @@ Reference: MaskGIL sections 3.1 and 3.2; MaskGIT (Chang et al., 2022), section 3
 import argparse
 import dataclasses
 import math
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -276,12 +278,17 @@ def load_weights(model: TorchMaskGIL, state: Mapping[str, torch.Tensor]) -> None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a `.safetensors`, `.pt` or `.pth` file, a pickle by plain tensors alone."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """Read a `.safetensors`, `.pt` or `.pth` file, a pickle by plain tensors alone.
 
-        return load_file(path)
-    saved = torch.load(path, weights_only=True, map_location="cpu")
+    Raises:
+        ValueError: the file is damaged or holds anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, safetensors.SafetensorError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
     return next((saved[name] for name in WRAPPERS if name in saved), saved)
 
 
@@ -437,10 +444,11 @@ def main(arguments: list[str] | None = None) -> int:
             generator=torch.Generator().manual_seed(args.seed),
             **{name: getattr(args, name) for name in names},
         )
+        arrays = {"tokens": tokens.cpu().numpy().astype(np.int32), "labels": np.array(args.labels)}
+        np.savez(args.out, **arrays)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    np.savez(args.out, tokens=tokens.cpu().numpy().astype(np.int32), labels=np.array(args.labels))
     print(f"wrote {args.out}: tokens {list(tokens.shape)}")
     return 0
 

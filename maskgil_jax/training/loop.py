@@ -148,8 +148,9 @@ def check_finite(scalars: Mapping[str, float], first: int, last: int) -> None:
     values = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
     raise NonFiniteError(
         f"training stopped: not finite in steps {first}–{last} ({values}). The last checkpoint is "
-        "from before. Try a lower optimizer.learning_rate or a longer warm-up; model.qk_norm and "
-        "model.post_norm, which keep output_norm from growing; or model.dtype float32."
+        "from before. Try a lower optimizer.learning_rate or a longer warm-up; for a model, "
+        "model.qk_norm and model.post_norm, which keep output_norm from growing, or model.dtype "
+        "float32; for a tokenizer, vq.dtype float32 or a smaller vq_loss.adversarial."
     )
 
 

@@ -188,3 +188,14 @@ def test_the_command_line_writes_tokens_or_says_why_not(both, peer, tmp_path, ca
     ):
         assert peer.main([*begin.split(), *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_damaged_file_ends_with_one_line(suffix, peer, tmp_path, capsys):
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(b"no weights")
+    arguments = f"--weights {path} --labels 1 --out {tmp_path / 'tokens.npz'}"
+    assert peer.main(arguments.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} is damaged or holds more than tensors")
+    assert not (tmp_path / "tokens.npz").exists()
