@@ -444,8 +444,8 @@ def main(arguments: list[str] | None = None) -> int:
             generator=torch.Generator().manual_seed(args.seed),
             **{name: getattr(args, name) for name in names},
         )
-        arrays = {"tokens": tokens.cpu().numpy().astype(np.int32), "labels": np.array(args.labels)}
-        np.savez(args.out, **arrays)
+        codes = tokens.cpu().numpy().astype(np.int32)
+        np.savez(args.out, tokens=codes, labels=np.array(args.labels))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
