@@ -37,8 +37,8 @@ class Model:
     """
 
     config: TokenModelConfig
-    params: Any
-    run: ConfigDict
+    params: Any = dataclasses.field(repr=False)
+    run: ConfigDict = dataclasses.field(repr=False)
 
     def logits(
         self,

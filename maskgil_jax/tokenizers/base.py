@@ -158,7 +158,7 @@ class Tokenizer:
     """
 
     config: TokenizerConfig
-    params: Mapping[str, Any]
+    params: Mapping[str, Any] = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
         # Once here, or every call would copy them to the device again.

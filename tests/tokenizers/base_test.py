@@ -156,3 +156,8 @@ def test_fingerprint_tells_what_codes_mean(tokenizer):
 def test_batches_leave_the_device(tokenizer, images):
     assert isinstance(tokenizer.encode(images, batch_size=2), np.ndarray)
     assert isinstance(tokenizer.decode(tokenizer.encode(images), batch_size=2), np.ndarray)
+
+
+def test_the_parameters_are_not_printed(tokenizer):
+    assert "GreyConfig" in repr(tokenizer)
+    assert "gain" not in repr(tokenizer)
