@@ -1,7 +1,7 @@
 """Chameleon-VQ for 32×32 handwritten digits: 8×8 tokens, 128 codes, attention in mid-net alone.
 
 Paper row: none (the embedded default). Hardware: two CPU cores.
-Expected metric: not measured.
+Expected metric: see RESULTS.md.
 Command:
     python -m maskgil_jax.train --config configs/digits_chameleon_vq.py --workdir runs/chameleon_vq
 """

@@ -1,7 +1,7 @@
 """MaskGIT-VQ for 32×32 handwritten digits: 8×8 tokens, 128 plain codes as wide as the latents.
 
 Paper row: none (the embedded default). Hardware: two CPU cores.
-Expected metric: not measured.
+Expected metric: see RESULTS.md.
 Command:
     python -m maskgil_jax.train --config configs/digits_maskgit_vq.py --workdir runs/maskgit_vq
 """

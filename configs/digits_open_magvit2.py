@@ -1,7 +1,7 @@
 """Open-MAGVIT2 for 32×32 handwritten digits: 8×8 tokens of 8 bits, which are 256 codes.
 
 Paper row: none (the embedded default). Hardware: two CPU cores.
-Expected metric: not measured.
+Expected metric: see RESULTS.md.
 Command:
     python -m maskgil_jax.train --config configs/digits_open_magvit2.py --workdir runs/open_magvit2
 """
