@@ -20,6 +20,7 @@ def get_config(preset: str = "recommended"):
     config.vq.channel_multipliers = (1, 1, 1)
     config.vq.num_res_blocks = 1
     config.vq.latent_channels = 32
+    # Without the term many codes are never used.
     config.vq_loss.entropy = 0.003
     config.vq_loss.entropy_temperature = 0.05
 
