@@ -32,7 +32,6 @@ from maskgil_jax.tokenizers.losses import (
     tokenizer_loss,
 )
 from maskgil_jax.tokenizers.lpips import MIN_SIDE as LPIPS_MIN_SIDE
-from maskgil_jax.tokenizers.open_magvit2 import OpenMAGVIT2Config
 from maskgil_jax.training import adversarial, steps
 from maskgil_jax.training.loop import LoopConfig
 from maskgil_jax.training.optimizer import OptimizerConfig, find_matrices, make_optimizer, make_rate
@@ -122,7 +121,7 @@ def discriminator_config(config: ConfigDict) -> discriminator.DiscriminatorConfi
 
 def _check_vq_loss(config: ConfigDict, vq: Any) -> None:
     weights, section = loss_weights(config), config.vq_loss
-    if isinstance(vq, OpenMAGVIT2Config):
+    if vq.lookup_free:
         check_lookup_free(weights)
     if weights.perceptual and not section.lpips_path:
         raise ValueError(
@@ -482,7 +481,7 @@ def make_tokenizer_task(
         loss, values = measure(forward(params, batch["image"], rng), batch["image"], frozen)
         return steps.Summed(loss=loss, weight=jnp.ones(()), sums={}, means=values)
 
-    names = metric_names(weights, lookup_free=isinstance(vq, OpenMAGVIT2Config))
+    names = metric_names(weights, lookup_free=vq.lookup_free)
     names = (*names, "grad_norm", "param_norm")
     term = adversarial_config(config)
     if term is None:

@@ -9,7 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 
 # Room for rounding in data scaled to [-1, 1]; anything further out is scaled differently.
 _RANGE_SLACK = 1e-3
-DTYPES = ("float32", "bfloat16")
 # Fields that change how codes are computed, but not what they mean.
 _COMPUTATION = ("dtype", "dropout")
 _SCALING = "scale uint8 images with images.astype('float32') / 127.5 - 1"
@@ -87,9 +86,14 @@ class VQOutputs(NamedTuple):
 
 @runtime_checkable
 class TokenizerConfig(Protocol):
-    """What the configuration of every family offers."""
+    """What the configuration of every family offers.
+
+    family: its name.
+    lookup_free: whether the bits of a code are signs of the latent, and no codebook is stored.
+    """
 
     family: ClassVar[str]
+    lookup_free: ClassVar[bool]
 
     @property
     def spec(self) -> TokenizerSpec:
@@ -120,33 +124,6 @@ def check_fields(config_type: type, fields: Iterable[str]) -> None:
                 f"{config_type.__name__} has no field {name!r}; did you mean {near!r}? "
                 f"Fields: {', '.join(known)}"
             )
-
-
-def check_counts(config: Any, names: Iterable[str]) -> None:
-    """Raise a `ValueError` unless every named field is at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-
-
-def check_widths(channels: int, multipliers: Sequence[int], groups: int) -> None:
-    """Raise a `ValueError` unless the widths of the levels suit their group norms."""
-    if channels % groups:
-        raise ValueError(
-            f"channels is {channels}; it must be a multiple of {groups}, the number of groups of "
-            "the group norms"
-        )
-    if not multipliers or min(multipliers) < 1:
-        raise ValueError(
-            f"channel_multipliers is {multipliers}; give at least one level, each multiplier at "
-            "least 1, such as (1, 1, 2)"
-        )
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise a `ValueError` unless the nets can compute in this type."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

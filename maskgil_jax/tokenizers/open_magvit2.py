@@ -9,90 +9,48 @@ TencentARC/SEED-Voken, whose weights load into these nets.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maskgil_jax.tokenizers import base, lookup_free
-from maskgil_jax.tokenizers.vqgan import NORM_EPSILON, NORM_GROUPS, GroupNorm, ResidualBlock
+from maskgil_jax.tokenizers import lookup_free
+from maskgil_jax.tokenizers.base import VQOutputs
+from maskgil_jax.tokenizers.conv import ConvTokenizerConfig
+from maskgil_jax.tokenizers.vqgan import NORM_EPSILON, GroupNorm, ResidualBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OpenMAGVIT2Config:
+class OpenMAGVIT2Config(ConvTokenizerConfig):
     """Shape of an Open-MAGVIT2 tokenizer; the defaults are the published one for 256x256 images.
 
     codebook_size: number of codes, a power of two; a latent has as many channels as a code bits.
-    channels: width of the nets at full resolution, a multiple of 32.
-    channel_multipliers: width of each level over `channels`; every level but the last halves the
-        resolution.
     num_res_blocks: residual blocks per level, and in the middle of each net.
-    image_channels: channels of the images.
-    dtype: "float32" or "bfloat16", of the convolutions; parameters, norms and the quantiser stay
-        in float32.
 
     Raises:
         ValueError: a value that is not allowed.
     """
 
     codebook_size: int = 2**18
-    channels: int = 128
-    channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 4
-    image_channels: int = 3
-    dtype: str = "float32"
 
     family: ClassVar[str] = "open-magvit2"
+    lookup_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        base.check_counts(self, ("channels", "num_res_blocks", "image_channels"))
         sizes = [2**bits for bits in range(1, lookup_free.MAX_BITS + 1)]
         if self.codebook_size not in sizes:
             raise ValueError(
                 f"codebook_size is {self.codebook_size}; codes are rows of bits, so it must be a "
                 f"power of two from 2 to 2**{lookup_free.MAX_BITS}, for example 2**18"
             )
-        base.check_widths(self.channels, self.channel_multipliers, NORM_GROUPS)
-        base.check_dtype(self.dtype)
+        super().__post_init__()
 
     @property
-    def num_bits(self) -> int:
+    def code_width(self) -> int:
         """Bits of a code, which is the width of a latent."""
         return self.codebook_size.bit_length() - 1
-
-    @property
-    def downsample_factor(self) -> int:
-        """Image pixels per token, along each side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    @property
-    def spec(self) -> base.TokenizerSpec:
-        """What models and datasets must know of this tokenizer."""
-        return base.TokenizerSpec(
-            family=self.family,
-            codebook_size=self.codebook_size,
-            downsample_factor=self.downsample_factor,
-            embed_dim=self.num_bits,
-            image_channels=self.image_channels,
-        )
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "OpenMAGVIT2Config":
-        """Build a configuration from a dict such as `to_dict` gives; a field left out is a default.
-
-        Raises:
-            ValueError: a field that does not exist, or a value that is not allowed.
-        """
-        base.check_fields(cls, fields)
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that survives JSON."""
-        fields = dataclasses.asdict(self)
-        return fields | {"channel_multipliers": list(self.channel_multipliers)}
 
     def make_module(self) -> "OpenMAGVIT2":
         """Return the Flax module of these sizes."""
@@ -158,7 +116,7 @@ class LookupFreeEncoder(nn.Module):
         for block in range(config.num_res_blocks):
             x = residual(f"mid_res_{block}", x.shape[-1], x)
         x = nn.swish(GroupNorm(name="norm_out")(x))
-        return nn.Conv(config.num_bits, (1, 1), dtype=dtype, name="conv_out")(x)
+        return nn.Conv(config.code_width, (1, 1), dtype=dtype, name="conv_out")(x)
 
 
 class LookupFreeDecoder(nn.Module):
@@ -205,11 +163,11 @@ class OpenMAGVIT2(nn.Module):
         self.encoder = LookupFreeEncoder(self.config)
         self.decoder = LookupFreeDecoder(self.config)
 
-    def __call__(self, images: Float[Array, "b H W c"], train: bool = False) -> base.VQOutputs:
+    def __call__(self, images: Float[Array, "b H W c"], train: bool = False) -> VQOutputs:
         """Reconstruct images and return what the losses need."""
         latents = self.encode_latents(images, train)
         quantized = lookup_free.quantize(latents)
-        return base.VQOutputs(
+        return VQOutputs(
             reconstruction=self._decode_signs(quantized.straight_through),
             tokens=quantized.tokens,
             latents=latents,
@@ -229,7 +187,7 @@ class OpenMAGVIT2(nn.Module):
 
     def decode(self, tokens: Int[Array, "b gh gw"]) -> Float[Array, "b H W c"]:
         """Turn tokens into float32 images, not clipped."""
-        return self._decode_signs(lookup_free.decode_signs(tokens, self.config.num_bits))
+        return self._decode_signs(lookup_free.decode_signs(tokens, self.config.code_width))
 
     def _decode_signs(self, signs: Float[Array, "b gh gw z"]) -> Float[Array, "b H W c"]:
         return self.decoder(signs).astype(jnp.float32)

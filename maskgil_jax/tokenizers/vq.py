@@ -7,94 +7,52 @@ Reference: Esser et al. 2021, "Taming Transformers for High-Resolution Image Syn
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maskgil_jax.tokenizers import base
+from maskgil_jax.tokenizers.base import VQOutputs
+from maskgil_jax.tokenizers.conv import ConvTokenizerConfig
 from maskgil_jax.tokenizers.quantizers import VectorQuantizer
-from maskgil_jax.tokenizers.vqgan import NORM_GROUPS, Decoder, Encoder
+from maskgil_jax.tokenizers.vqgan import Decoder, Encoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VQConfig:
+class VQConfig(ConvTokenizerConfig):
     """Shape of a VQGAN tokenizer; a family is a subclass with its published values.
 
-    codebook_size: number of codes.
-    embed_dim: width of a code.
-    channels: width of the nets at full resolution, a multiple of 32.
-    channel_multipliers: width of each level over `channels`; every level but the last halves the
-        resolution.
     num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+    embed_dim: width of a code.
     latent_channels: width between the nets and the 1x1 convolutions around the quantiser.
-    image_channels: channels of the images.
     dropout: rate inside residual blocks, in training only.
     l2_normalize: search and look up codes on the unit sphere.
     level_attention: attend after every residual block of the lowest resolution, and not only in
         the middle of the nets.
-    dtype: "float32" or "bfloat16", of the convolutions; parameters, norms and the quantiser stay
-        in float32.
 
     Raises:
         ValueError: a value that is not allowed.
     """
 
     codebook_size: int = 16384
-    embed_dim: int = 8
-    channels: int = 128
-    channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
+    embed_dim: int = 8
     latent_channels: int = 256
-    image_channels: int = 3
     dropout: float = 0.0
     l2_normalize: bool = True
     level_attention: bool = True
-    dtype: str = "float32"
-
-    family: ClassVar[str]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        counts = ("codebook_size", "embed_dim", "channels", "num_res_blocks", "latent_channels")
-        base.check_counts(self, (*counts, "image_channels"))
-        base.check_widths(self.channels, self.channel_multipliers, NORM_GROUPS)
+        super().__post_init__()
+        self._check_counts(("embed_dim", "latent_channels"))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        base.check_dtype(self.dtype)
 
     @property
-    def downsample_factor(self) -> int:
-        """Image pixels per token, along each side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    @property
-    def spec(self) -> base.TokenizerSpec:
-        """What models and datasets must know of this tokenizer."""
-        return base.TokenizerSpec(
-            family=self.family,
-            codebook_size=self.codebook_size,
-            downsample_factor=self.downsample_factor,
-            embed_dim=self.embed_dim,
-            image_channels=self.image_channels,
-        )
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "VQConfig":
-        """Build a configuration from a dict such as `to_dict` gives; a field left out is a default.
-
-        Raises:
-            ValueError: a field that does not exist, or a value that is not allowed.
-        """
-        base.check_fields(cls, fields)
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that survives JSON."""
-        fields = dataclasses.asdict(self)
-        return fields | {"channel_multipliers": list(self.channel_multipliers)}
+    def code_width(self) -> int:
+        """Width of a code."""
+        return self.embed_dim
 
     def make_module(self) -> "VQModel":
         """Return the Flax module of these sizes."""
@@ -125,13 +83,13 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv(config.embed_dim, (1, 1), dtype=dtype)
         self.post_quant_conv = nn.Conv(config.latent_channels, (1, 1), dtype=dtype)
 
-    def __call__(self, images: Float[Array, "b H W c"], train: bool = False) -> base.VQOutputs:
+    def __call__(self, images: Float[Array, "b H W c"], train: bool = False) -> VQOutputs:
         """Reconstruct images and return what the losses need.
 
         With `train` and a dropout rate, the rng stream "dropout" must be given.
         """
         quantized = self.quantizer(self.encode_latents(images, train))
-        return base.VQOutputs(
+        return VQOutputs(
             reconstruction=self._decode_codes(quantized.straight_through, train),
             tokens=quantized.tokens,
             latents=quantized.latents,

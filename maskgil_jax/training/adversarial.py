@@ -167,15 +167,9 @@ def make_adversarial_step(
             weight = config.weight * measured.get("adaptive_weight", 1.0)
             loss = loss + weight * measured["adversarial"]
         (grads,) = pull(cotangent)
-        values = {**values, **measured, "loss": loss}
-        values["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        values["param_norm"] = optax.tree.norm(params)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda a, p: a * ema_decay + p * (1 - ema_decay), ema, params)
-        state = AdversarialState(state.step + 1, params, opt_state, ema, discriminator)
+        state, norms = steps.apply_gradients(state, grads, optimizer, ema_decay)
+        state = state.replace(discriminator=discriminator)
+        values = {**values, **measured, **norms, "loss": loss}
         return state, metrics.merge(type(metrics).single_from_model_output(**values))
 
     return step

@@ -203,6 +203,27 @@ def accumulate(
     return grads, metrics | {name: value / parts for name, value in summed.means.items()}
 
 
+def apply_gradients(
+    state: Any, grads: Any, optimizer: optax.GradientTransformation, ema_decay: float
+) -> tuple[Any, dict[str, Float[Array, ""]]]:
+    """Return the state after an update, and the norms of gradient and parameters.
+
+    Args:
+        state: a `TrainState`, or a subclass whose further fields stay as they are.
+        grads: gradient of the parameters.
+        optimizer: gradient transformation.
+        ema_decay: decay of the parameter average; unused if the state keeps none.
+    """
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda a, p: a * ema_decay + p * (1 - ema_decay), ema, params)
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    return state, norms
+
+
 def make_train_step(
     loss_fn: LossFn,
     prepare: PrepareFn,
@@ -228,14 +249,8 @@ def make_train_step(
         prepare_rng, dropout_rng = jax.random.split(rng)
         prepared = prepare(batch, prepare_rng)
         grads, values = accumulate(loss_fn, state.params, prepared, dropout_rng, accumulation_steps)
-        values["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        values["param_norm"] = optax.tree.norm(params)
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(lambda a, p: a * ema_decay + p * (1 - ema_decay), ema, params)
-        state = TrainState(state.step + 1, params, opt_state, ema)
+        state, norms = apply_gradients(state, grads, optimizer, ema_decay)
+        values |= norms
         return state, metrics.merge(type(metrics).single_from_model_output(**values))
 
     return step

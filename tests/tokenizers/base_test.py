@@ -30,6 +30,7 @@ class GreyConfig:
     spec: TokenizerSpec = SPEC
     dtype: str = "float32"
     family = "grey"
+    lookup_free = False
 
     @classmethod
     def from_dict(cls, fields):
