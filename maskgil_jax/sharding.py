@@ -6,6 +6,7 @@ rule table here maps those names to mesh axes.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+# Every device holds a copy of what is replicated.
+MAX_CPU_DEVICES = 8
 
 # Logical axis → mesh axes. A name that is absent here is an error, not "replicated".
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -54,6 +57,24 @@ def make_mesh(shape: Mapping[str, int], devices: Any = None) -> Mesh:
             f"or a multiple, but there are {devices.size}"
         )
     return Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def split_cpu(batch_size: int) -> None:
+    """Make one device of every CPU core, for work that is split over the batch.
+
+    XLA computes many a convolution on one core per device. The number of devices divides the batch
+    size and is at most `MAX_CPU_DEVICES`. A number chosen in the environment, by
+    `JAX_NUM_CPU_DEVICES` or in `XLA_FLAGS`, is left as it is; accelerators are not touched.
+
+    Raises:
+        RuntimeError: if JAX has been used already, which settles the devices.
+    """
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    most = min(len(os.sched_getaffinity(0)), MAX_CPU_DEVICES)
+    count = max(n for n in range(1, most + 1) if batch_size % n == 0)
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

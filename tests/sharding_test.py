@@ -1,4 +1,8 @@
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -184,3 +188,38 @@ def test_batches_are_split_by_rows():
     batch = sharding.put_batch({"label": np.arange(8)}, make_mesh("data"))
     rows = [shard.data.tolist() for shard in batch["label"].addressable_shards]
     assert sorted(rows) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def count_devices(batch_size, first="", **environment):
+    code = f"import jax; from maskgil_jax import sharding; {first}"
+    code += f"sharding.split_cpu({batch_size}); print(len(jax.devices()))"
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"JAX_PLATFORMS": "cpu"} | environment,
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "environment", "expected"),
+    [
+        (840, {}, min(len(os.sched_getaffinity(0)), 8)),  # 1 to 8 all divide it
+        (1, {}, 1),
+        (840, {"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        (840, {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_a_cpu_is_split_into_cores_unless_the_environment_chose(batch_size, environment, expected):
+    done = count_devices(batch_size, **environment)
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_a_cpu_that_is_in_use_is_not_split():
+    done = count_devices(2, first="jax.devices(); ")
+    assert done.returncode == 1
+    assert "RuntimeError" in done.stderr

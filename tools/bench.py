@@ -19,6 +19,8 @@ import jax
 from benchmarks import ours, rows
 from benchmarks.timing import Effort
 
+from maskgil_jax import sharding
+
 COLUMNS = ("row", "name", "ratio", "goal", "spread", "void", "hardware")
 
 
@@ -71,6 +73,7 @@ def format_table(results: Iterable[Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; return the exit status, 1 after a refusal with its reason on stderr."""
     args = build_parser().parse_args(arguments)
+    sharding.split_cpu(min(encoding.batch_size for encoding in ours.ENCODINGS))
     # A compiler's answer from an earlier run is no measurement.
     jax.config.update("jax_enable_compilation_cache", False)
     try:

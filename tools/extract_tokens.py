@@ -655,6 +655,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     numbers = (args.num_processes, args.process_id)
     try:
+        sharding.split_cpu(args.batch_size)
         if not (args.distributed or args.coordinator) and numbers != (None, None):
             raise ValueError("--num_processes and --process_id need --coordinator")
         if args.distributed or args.coordinator:

@@ -1,6 +1,7 @@
 """Our side of the benchmarks: configurations, arithmetic, and the calls that are timed."""
 
 import dataclasses
+import math
 import pathlib
 import runpy
 
@@ -149,11 +150,16 @@ TRIAL_ENCODINGS = (Encoding(config=DIGITS, image_size=8, batch_size=2),)
 
 
 class OursVQ:
-    """Our tokenizer encoding one batch, as `tools/extract_tokens.py` does, on one device."""
+    """Our tokenizer encoding one batch, as `tools/extract_tokens.py` does.
+
+    On a CPU it uses all devices, which are the same cores for the peer; else one.
+    """
 
     def __init__(self, encoding: Encoding, params: dict):
-        mesh = sharding.make_mesh({}, jax.devices()[:1])
-        self._images = jax.device_put(encoding.draw_images(), jax.devices()[0])
+        devices = jax.devices()
+        count = math.gcd(len(devices), encoding.batch_size) if devices[0].platform == "cpu" else 1
+        mesh = sharding.make_mesh({"data": -1}, devices[:count])
+        self._images = jax.device_put(encoding.draw_images(), sharding.batch_sharding(mesh))
         tokenizer = Tokenizer(config=encoding.config, params=params)
         self._encode = build.make_encoder(tokenizer, mesh)
 
