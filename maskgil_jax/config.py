@@ -188,8 +188,20 @@ def default() -> ConfigDict:
     sampler.guidance_scale = 2.0  # 1 is no guidance
     sampler.guidance_schedule = "linear"  # constant | linear | power_cosine
     sampler.guidance_power = 1.0
+    sampler.guidance_start = 0.0  # guided from this share of the steps on …
+    sampler.guidance_stop = 1.0  # … and up to this one
     sampler.temperature = 1.0
-    sampler.gumbel_temperature = 4.5
+    sampler.temperature_annealing = (
+        0.0  # added in full before the first step, not at all in the last
+    )
+    sampler.top_k = 0  # 0 is all codes
+    sampler.top_p = 1.0
+    sampler.order = "confidence"  # confidence | halton | random
+    sampler.gumbel_temperature = 4.5  # of the order by confidence
+    sampler.halton_roll = False
+    sampler.remasking = "none"  # none | cap | rescale
+    sampler.remasking_strength = 0.05
+    sampler.remasking_choice = "random"  # random | confidence
 
     report = config.report = ConfigDict()  # what is measured when a run has ended
     report.name = "none"  # none | digits | canvases

@@ -188,6 +188,7 @@ def make_generate_fn(model: TokenModelConfig, sampler: masked.SamplerConfig, mes
             rngs,
             sampler,
             mask_token_id=model.mask_token_id,
+            grid_size=model.grid_size,
         )
         return tokens.reshape(-1, *model.grid_size)
 

@@ -19,6 +19,8 @@ from absl import app, flags
 from maskgil_jax import checkpoints, cli, generator, masking, pictures
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
+from maskgil_jax.decoding.orders import ORDERS
+from maskgil_jax.decoding.remasking import CHOICES, REMASKING
 from maskgil_jax.tokenizers.base import Tokenizer
 
 Writer = Callable[[np.ndarray, np.ndarray], None]
@@ -38,11 +40,22 @@ _SAMPLER = [
     flags.DEFINE_integer("num_steps", None, "Decoding steps, 1 to the number of tokens."),
     flags.DEFINE_string("schedule", None, f"One of {', '.join(masking.SCHEDULES)}."),
     flags.DEFINE_string("schedule_form", None, f"One of {', '.join(masking.FORMS)}."),
+    flags.DEFINE_bool("rescale", None, "Scale the schedule to the tokens unknown at the start."),
     flags.DEFINE_float("guidance_scale", None, "0 or more; 1 is no guidance."),
     flags.DEFINE_string("guidance_schedule", None, f"One of {', '.join(GUIDANCE_SCHEDULES)}."),
     flags.DEFINE_float("guidance_power", None, "Exponent of power_cosine, more than 0."),
+    flags.DEFINE_float("guidance_start", None, "Guide from this share of the steps on, 0 to 1."),
+    flags.DEFINE_float("guidance_stop", None, "Guide up to this share of the steps, 0 to 1."),
     flags.DEFINE_float("temperature", None, "Of the codes, 0 or more."),
+    flags.DEFINE_float("temperature_annealing", None, "Added at first, fading to 0 in the end."),
+    flags.DEFINE_integer("top_k", None, "Draw among the k most likely codes; 0 for all."),
+    flags.DEFINE_float("top_p", None, "Draw among the codes that make up this probability."),
+    flags.DEFINE_string("order", None, f"One of {', '.join(ORDERS)}."),
     flags.DEFINE_float("gumbel_temperature", None, "Noise on the confidence, 0 or more."),
+    flags.DEFINE_bool("halton_roll", None, "Shift the Halton order, differently for each image."),
+    flags.DEFINE_string("remasking", None, f"One of {', '.join(REMASKING)}."),
+    flags.DEFINE_float("remasking_strength", None, "Share taken back in a step, 0 to 1."),
+    flags.DEFINE_string("remasking_choice", None, f"One of {', '.join(CHOICES)}."),
 ]
 flags.adopt_module_key_flags(cli)
 

@@ -1,6 +1,7 @@
 """The sample command: what it writes, what it takes from the run, what it refuses."""
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from absl import flags
 from flax import linen as nn
 from PIL import Image
 
-from maskgil_jax import checkpoints, load_model
+from maskgil_jax import SamplerConfig, checkpoints, load_model
+from maskgil_jax import config as schema
 from maskgil_jax.build import models as build
 from maskgil_jax.sample import parse_labels, sample
 from maskgil_jax.workdir import claim_workdir
@@ -218,6 +221,12 @@ def run_command(*arguments):
         text=True,
         check=False,
     )
+
+
+def test_every_setting_of_the_sampler_is_a_flag_and_in_the_configuration():
+    fields = {field.name for field in dataclasses.fields(SamplerConfig)}
+    assert fields <= set(flags.FLAGS)
+    assert fields == set(schema.default().sampler)
 
 
 def test_command_line(run_dir, tmp_path):

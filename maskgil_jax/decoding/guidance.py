@@ -1,6 +1,7 @@
 """Classifier-free guidance, `uncond + s · (cond - uncond)`, with s a schedule over the steps.
 
-Reference: MaskGIL section 3.2; released code (linear ramp); Gao et al., 2023 (power-cosine).
+Reference: MaskGIL section 3.2; released code (linear ramp); Gao et al., 2023 (power-cosine);
+Kynkäänniemi et al., 2024 (guidance in an interval only).
 """
 
 from collections.abc import Callable
@@ -17,11 +18,18 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
 LogitsFn = Callable[[Int[Array, "b l"], Any], Float[Array, "b l v"]]
 
 
-def guidance_scales(schedule: str, scale: float, num_steps: int, power: float = 1.0) -> np.ndarray:
+def guidance_scales(
+    schedule: str,
+    scale: float,
+    num_steps: int,
+    power: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> np.ndarray:
     """Return the guidance scale of every step, float32 [num_steps].
 
     constant: s. linear: 1 + (s - 1)·i/(T-1). power_cosine: 1 + (s - 1)·(1 - cos(pi·((i+1)/T)^p))/2.
-    The last step always has s, so a single step is fully guided.
+    The last step always has s, so a single step is fully guided. Outside the interval the scale is
+    1: step i of T is inside if first ≤ i/T < second.
 
     Raises:
         ValueError: if the schedule is unknown, or a number out of range.
@@ -31,13 +39,20 @@ def guidance_scales(schedule: str, scale: float, num_steps: int, power: float = 
         raise ValueError(f"guidance_scale {scale} is out of range; allowed: 0 or more, finite")
     if not power > 0:
         raise ValueError(f"guidance_power {power} is out of range; allowed: more than 0")
+    start, stop = interval
+    if not 0 <= start < stop <= 1:
+        raise ValueError(
+            f"guidance from {start} to {stop} is no interval; allowed: 0 ≤ guidance_start < "
+            "guidance_stop ≤ 1, shares of the steps"
+        )
     step = np.arange(num_steps)
     ramp = {
         "constant": np.ones(num_steps),
         "linear": step / (num_steps - 1) if num_steps > 1 else np.ones(1),
         "power_cosine": (1 - np.cos(np.pi * ((step + 1) / num_steps) ** power)) / 2,
     }[schedule]
-    return (1 + (scale - 1) * ramp).astype(np.float32)
+    inside = (start <= step / num_steps) & (step / num_steps < stop)
+    return np.where(inside, 1 + (scale - 1) * ramp, 1).astype(np.float32)
 
 
 def guide(

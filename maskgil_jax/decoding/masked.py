@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from maskgil_jax import masking
-from maskgil_jax.decoding import categorical, guidance
+from maskgil_jax.decoding import categorical, filters, guidance, orders, remasking
 
 # Logits divided by less than this could overflow float32.
 MIN_TEMPERATURE = 1e-4
@@ -35,9 +35,19 @@ class SamplerConfig:
         guidance_scale: s ≥ 0; 1 means no guidance.
         guidance_schedule: one of `guidance.GUIDANCE_SCHEDULES`.
         guidance_power: exponent of `power_cosine`, more than 0.
+        guidance_start: step i of T is guided only from i/T ≥ this share on.
+        guidance_stop: and only while i/T < this share.
         temperature: divides the logits, at least 1e-4; or 0: take the most probable code.
-        gumbel_temperature: weight of the Gumbel noise on the confidence in the first step; it falls
-            linearly to 0 in the last. Large values approach a random order.
+        temperature_annealing: step i of T has temperature + this · (1 - (i+1)/T).
+        top_k: draw among the k most likely codes; 0 for all.
+        top_p: draw among the fewest codes whose probabilities sum to p, in (0, 1]; 1 for all.
+        order: which tokens are revealed first, one of `orders.ORDERS`.
+        gumbel_temperature: of the order `confidence`, weight of the Gumbel noise in the first step;
+            it falls linearly to 0 in the last. Large values approach a random order.
+        halton_roll: of the order `halton`, whether each image has its own random shift of it.
+        remasking: whether decoded tokens are taken back, one of `remasking.REMASKING`.
+        remasking_strength: η in [0, 1], the share that is taken back in a step.
+        remasking_choice: which ones, one of `remasking.CHOICES`.
     """
 
     num_steps: int = 8
@@ -47,31 +57,67 @@ class SamplerConfig:
     guidance_scale: float = 2.0
     guidance_schedule: str = "linear"
     guidance_power: float = 1.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     temperature: float = 1.0
+    temperature_annealing: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    order: str = "confidence"
     gumbel_temperature: float = 4.5
+    halton_roll: bool = False
+    remasking: str = "none"
+    remasking_strength: float = 0.05
+    remasking_choice: str = "random"
 
     def __post_init__(self):
         if self.num_steps < 1:
             raise ValueError(f"num_steps {self.num_steps} is out of range; allowed: 1 or more")
         masking.check_choice("schedule", self.schedule, masking.SCHEDULES)
         masking.check_choice("schedule_form", self.schedule_form, masking.FORMS)
+        masking.check_choice("order", self.order, orders.ORDERS)
+        masking.check_choice("remasking", self.remasking, remasking.REMASKING)
+        masking.check_choice("remasking_choice", self.remasking_choice, remasking.CHOICES)
         self.guidance_scales()
-        for name in ("temperature", "gumbel_temperature"):
+        for name in ("temperature", "temperature_annealing", "gumbel_temperature"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(
                     f"{name} {getattr(self, name)} is out of range; allowed: 0 or more, finite"
                 )
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} is out of range; allowed: 0 (all codes) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is out of range; allowed: more than 0, up to 1")
+        if not 0 <= self.remasking_strength <= 1:
+            raise ValueError(
+                f"remasking_strength {self.remasking_strength} is out of range; allowed: 0 to 1"
+            )
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 f"temperature {self.temperature} is too small to divide by; allowed: 0 (the most "
                 f"probable code) or at least {MIN_TEMPERATURE}"
             )
+        if self.temperature == 0 and self.temperature_annealing:
+            raise ValueError(
+                f"temperature_annealing {self.temperature_annealing} has no meaning at temperature "
+                "0, where no code is drawn; leave it at 0"
+            )
 
     def guidance_scales(self) -> np.ndarray:
         """Return the guidance scale of every step, float32 [num_steps]."""
         return guidance.guidance_scales(
-            self.guidance_schedule, self.guidance_scale, self.num_steps, self.guidance_power
+            self.guidance_schedule,
+            self.guidance_scale,
+            self.num_steps,
+            self.guidance_power,
+            (self.guidance_start, self.guidance_stop),
         )
+
+    def temperatures(self) -> np.ndarray:
+        """Return what divides the logits in every step, float32 [num_steps]."""
+        progress = np.arange(1, self.num_steps + 1) / self.num_steps
+        temperatures = self.temperature + self.temperature_annealing * (1 - progress)
+        return temperatures.astype(np.float32)
 
     def reveal_counts(self, unknown: Int[Array, " b"], seq_len: int) -> Int[Array, "b t"]:
         """Return how many tokens each step reveals, given the numbers unknown at the start."""
@@ -81,6 +127,24 @@ class SamplerConfig:
         revealed = jnp.minimum(np.cumsum(table[seq_len])[None], unknown[:, None])
         revealed = revealed.at[:, -1].set(unknown)
         return jnp.diff(revealed, axis=1, prepend=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What one step hands to the next.
+
+    Attributes:
+        tokens: int32 [b, l]; the mask token where still unknown.
+        log_prob: float32 [b, l], of each decoded token when it was drawn; else 0.
+    """
+
+    tokens: Any
+    log_prob: Any
+
+
+def start_state(tokens: Int[Array, "b l"]) -> State:
+    """Return the state before the first step."""
+    return State(tokens, jnp.zeros(tokens.shape, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +160,7 @@ class Trace:
     scales: Any
 
 
+jax.tree_util.register_dataclass(State, ["tokens", "log_prob"], [])
 jax.tree_util.register_dataclass(Trace, ["tokens", "scales"], [])
 
 
@@ -113,43 +178,98 @@ def image_keys(seed: int, image_indices: Any) -> jax.Array:
 
 def make_step(
     logits_fn: guidance.LogitsFn,
+    tokens: Int[Array, "b l"],
     condition: Any,
     null_condition: Any,
     rngs: jax.Array,
     counts: Int[Array, "b t"],
     config: SamplerConfig,
+    *,
     mask_token_id: int,
-) -> Callable[[Any, Int[Array, "b l"]], Int[Array, "b l"]]:
-    """Return `step(i, tokens) → tokens`, one step of the decoder.
+    grid_size: tuple[int, int] | None = None,
+) -> Callable[[Any, State], State]:
+    """Return `step(i, state) → state`, one step of the decoder.
 
-    The step depends on nothing but its arguments, so any loop may drive it.
+    The step depends on nothing but its arguments, so any loop may drive it. They are `decode`'s,
+    and `counts`, how many tokens every step reveals.
     """
+    known = tokens != mask_token_id
+    left = jnp.sum(counts, axis=1, keepdims=True) - jnp.cumsum(counts, axis=1)
+    draw = make_draw(config)
+    make_scores = _make_scores(config, rngs, grid_size, tokens.shape[1])
     scales = jnp.asarray(config.guidance_scales())
     unguided = bool(np.all(config.guidance_scales() == 1))
+
+    def step(i, state):
+        masked = state.tokens == mask_token_id
+        if unguided:
+            logits = logits_fn(state.tokens, condition)
+        else:
+            logits = guidance.guide(logits_fn, state.tokens, condition, null_condition, scales[i])
+        token_rngs, noise_rngs = _step_keys(rngs, i)
+        # Logits end before the mask token: it can never be drawn.
+        codes, log_prob = draw(i, logits[..., :mask_token_id], token_rngs)
+        scores = jnp.where(masked, make_scores(i, log_prob, noise_rngs), -jnp.inf)
+        count, taken_back = counts[:, i], jnp.zeros_like(known)
+        if config.remasking != "none":
+            taken_back = remasking.draw_remasked(
+                jax.vmap(jax.random.fold_in, (0, None))(rngs, i),
+                ~(known | masked),
+                state.log_prob,
+                left[:, i],
+                kind=config.remasking,
+                strength=config.remasking_strength,
+                choice=config.remasking_choice,
+            )
+            count = count + jnp.sum(taken_back, axis=1)
+        revealed = masking.select_top_k(scores, count) & masked
+        tokens = jnp.where(taken_back, mask_token_id, jnp.where(revealed, codes, state.tokens))
+        kept = jnp.where(taken_back, 0.0, jnp.where(revealed, log_prob, state.log_prob))
+        return State(tokens, kept)
+
+    return step
+
+
+def make_draw(config: SamplerConfig) -> Callable[..., tuple[Array, Array]]:
+    """Return `draw(i, logits [b l k], rngs [b]) → (codes [b l], log-probabilities [b l])`.
+
+    The probabilities are those of the distribution drawn from: tempered, then filtered.
+    """
+    temperatures = jnp.asarray(config.temperatures())
+
+    def draw(i, logits, rngs):
+        if config.temperature == 0:
+            return categorical.argmax_code(logits)
+        logits = logits / temperatures[i]
+        if config.top_k:
+            logits = filters.keep_top_k(logits, config.top_k)
+        if config.top_p < 1:
+            logits = filters.keep_top_p(logits, config.top_p)
+        return categorical.draw_categorical(
+            logits, categorical.uniforms_per_image(rngs, logits.shape[1])
+        )
+
+    return draw
+
+
+def _make_scores(
+    config: SamplerConfig, rngs: jax.Array, grid_size: tuple[int, int] | None, length: int
+) -> Callable[..., Float[Array, "b l"]]:
+    if config.order == "halton":
+        if grid_size is None or grid_size[0] * grid_size[1] != length:
+            raise ValueError(
+                f"order 'halton' needs the grid of the {length} tokens; grid_size is {grid_size}"
+            )
+        along = orders.halton_scores(grid_size, rngs, config.halton_roll)
+        return lambda i, log_prob, noise_rngs: along
     fades = np.linspace(1.0, 0.0, config.num_steps) if config.num_steps > 1 else np.zeros(1)
     noise = jnp.asarray(config.gumbel_temperature * fades, jnp.float32)
 
-    def draw(logits, step_rngs):
-        if config.temperature == 0:
-            return categorical.argmax_code(logits)
-        uniforms = categorical.uniforms_per_image(step_rngs, logits.shape[1])
-        return categorical.draw_categorical(logits / config.temperature, uniforms)
+    def scores(i, log_prob, noise_rngs):
+        gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, log_prob.shape[1:]))(noise_rngs)
+        return gumbel if config.order == "random" else log_prob + noise[i] * gumbel
 
-    def step(i, tokens):
-        unknown = tokens == mask_token_id
-        if unguided:
-            logits = logits_fn(tokens, condition)
-        else:
-            logits = guidance.guide(logits_fn, tokens, condition, null_condition, scales[i])
-        token_rngs, noise_rngs = _step_keys(rngs, i)
-        # Logits end before the mask token: it can never be drawn.
-        codes, log_prob = draw(logits[..., :mask_token_id], token_rngs)
-        gumbel = jax.vmap(lambda rng: jax.random.gumbel(rng, tokens.shape[1:]))(noise_rngs)
-        confidence = jnp.where(unknown, log_prob + noise[i] * gumbel, -jnp.inf)
-        reveal = masking.select_top_k(confidence, counts[:, i])
-        return jnp.where(reveal & unknown, codes, tokens)
-
-    return step
+    return scores
 
 
 def _step_keys(rngs: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
@@ -166,6 +286,7 @@ def decode(
     config: SamplerConfig,
     *,
     mask_token_id: int,
+    grid_size: tuple[int, int] | None = None,
     return_trace: bool = False,
 ) -> tuple[Int[Array, "b l"], Trace | None]:
     """Fill in the masked tokens of a batch.
@@ -179,25 +300,36 @@ def decode(
         rngs: one key per image, see `image_keys`.
         config: the sampler's settings.
         mask_token_id: id of the mask token, equal to the number of codes.
+        grid_size: (gh, gw) with gh·gw = l; only the order `halton` needs it.
         return_trace: whether to keep the tokens after every step.
 
     Returns:
         int32 codes [b, l], none of them masked, and the trace or `None`.
 
     Raises:
-        ValueError: if there are more steps than tokens.
+        ValueError: if there are more steps than tokens, or the grid is missing.
     """
     unknown = jnp.sum(tokens == mask_token_id, axis=1)
-    counts = config.reveal_counts(unknown, tokens.shape[1])
-    step = make_step(logits_fn, condition, null_condition, rngs, counts, config, mask_token_id)
+    step = make_step(
+        logits_fn,
+        tokens,
+        condition,
+        null_condition,
+        rngs,
+        config.reveal_counts(unknown, tokens.shape[1]),
+        config,
+        mask_token_id=mask_token_id,
+        grid_size=grid_size,
+    )
+    state = start_state(tokens)
     if not return_trace:
-        return jax.lax.fori_loop(0, config.num_steps, step, tokens), None
+        return jax.lax.fori_loop(0, config.num_steps, step, state).tokens, None
 
     def traced(i, carry):
-        tokens, history = carry
-        tokens = step(i, tokens)
-        return tokens, history.at[i].set(tokens)
+        state, history = carry
+        state = step(i, state)
+        return state, history.at[i].set(state.tokens)
 
     history = jnp.zeros((config.num_steps, *tokens.shape), tokens.dtype)
-    tokens, history = jax.lax.fori_loop(0, config.num_steps, traced, (tokens, history))
-    return tokens, Trace(history, jnp.asarray(config.guidance_scales()))
+    state, history = jax.lax.fori_loop(0, config.num_steps, traced, (state, history))
+    return state.tokens, Trace(history, jnp.asarray(config.guidance_scales()))

@@ -203,18 +203,19 @@ def test_any_loop_may_drive_the_step():
     counts = sampler.reveal_counts(jnp.sum(tokens == MASK, axis=1), LENGTH)
     step = masked.make_step(
         toy_logits,
+        tokens,
         labels,
         jnp.full_like(labels, NULL),
         masked.image_keys(0, [0, 1]),
         counts,
         sampler,
-        MASK,
+        mask_token_id=MASK,
     )
-    step = jax.jit(step)
+    step, state = jax.jit(step), masked.start_state(tokens)
     for i in range(5):
-        tokens = step(i, tokens)
-        np.testing.assert_array_equal(tokens, trace.tokens[i])
-    np.testing.assert_array_equal(tokens, fused)
+        state = step(i, state)
+        np.testing.assert_array_equal(state.tokens, trace.tokens[i])
+    np.testing.assert_array_equal(state.tokens, fused)
 
 
 @functools.cache
@@ -231,9 +232,10 @@ def reveal_rates(images=6000):
     )
     rngs = masked.image_keys(0, np.arange(images))
     counts = jnp.ones((images, 3), jnp.int32)
-    step = masked.make_step(logits_fn, None, None, rngs, counts, sampler, 2)
     tokens = jnp.full((images, 2), 2)
-    return [float(np.mean(step(i, tokens)[:, 0] == 0)) for i in range(3)]
+    step = masked.make_step(logits_fn, tokens, None, None, rngs, counts, sampler, mask_token_id=2)
+    state = masked.start_state(tokens)
+    return [float(np.mean(step(i, state).tokens[:, 0] == 0)) for i in range(3)]
 
 
 @pytest.mark.parametrize(("step", "fade"), [(0, 1.0), (1, 0.5)])
@@ -253,10 +255,18 @@ def coin_tosses(step, reveal, images=4000):
     """Tokens [images, 2] after one step that reveals `reveal` of two fair coins."""
     sampler = SamplerConfig(num_steps=3, guidance_scale=1.0)
     rngs, counts = masked.image_keys(0, np.arange(images)), jnp.full((images, 3), reveal)
+    tokens = jnp.full((images, 2), 2)
     toss = masked.make_step(
-        lambda tokens, _: jnp.zeros((*tokens.shape, 3)), None, None, rngs, counts, sampler, 2
+        lambda tokens, _: jnp.zeros((*tokens.shape, 3)),
+        tokens,
+        None,
+        None,
+        rngs,
+        counts,
+        sampler,
+        mask_token_id=2,
     )
-    return np.asarray(jax.jit(toss)(step, jnp.full((images, 2), 2)))
+    return np.asarray(jax.jit(toss)(step, masked.start_state(tokens)).tokens)
 
 
 def test_steps_images_and_positions_draw_independently():
@@ -311,6 +321,17 @@ def test_more_steps_than_tokens_are_refused():
         ({"temperature": -1.0}, "temperature -1.0 is out of range; allowed: 0 or more, finite"),
         ({"temperature": 1e-30}, "temperature 1e-30 is too small .* 0 .* or at least 0.0001"),
         ({"gumbel_temperature": float("inf")}, "gumbel_temperature inf is out of range"),
+        ({"temperature_annealing": -0.5}, "temperature_annealing -0.5 is out of range"),
+        ({"temperature": 0.0, "temperature_annealing": 0.8}, "annealing 0.8 has no meaning"),
+        ({"top_k": -1}, "top_k -1 is out of range; allowed: 0 .all codes. or more"),
+        ({"top_p": 0.0}, "top_p 0.0 is out of range; allowed: more than 0, up to 1"),
+        ({"top_p": 1.5}, "top_p 1.5 is out of range"),
+        ({"order": "haltn"}, "order 'haltn' is unknown; .*Did you mean 'halton'"),
+        ({"guidance_start": 0.5, "guidance_stop": 0.5}, "from 0.5 to 0.5 is no interval"),
+        ({"guidance_stop": 1.1}, "from 0.0 to 1.1 is no interval"),
+        ({"remasking": "conf"}, "remasking 'conf' is unknown; allowed: none, cap, rescale"),
+        ({"remasking_strength": 1.5}, "remasking_strength 1.5 is out of range; allowed: 0 to 1"),
+        ({"remasking_choice": "conf"}, "remasking_choice 'conf' is unknown"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
