@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maskgil_jax import generator, pictures
+from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
-from maskgil_jax.build import training as build
 from maskgil_jax.data.canvases import COLOURS, SIZES, CanvasSource, Scene
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.transforms import to_float
@@ -173,8 +173,8 @@ def _example_images(config: ConfigDict) -> np.ndarray:
     if config.data.name == "digits":
         return to_float(digits_arrays("test")[0])
     held_out = config.data.name == "canvases"
-    source = CanvasSource("test") if held_out else build.make_source(config)
-    transform = build.image_transform(config)
+    source = CanvasSource("test") if held_out else build_data.make_source(config)
+    transform = build_data.image_transform(config)
     count = min(len(source), 64)
     rng = np.random.default_rng(config.seed)
     return np.stack([transform(source[i], rng)["image"] for i in range(count)])

@@ -26,8 +26,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from maskgil_jax import checkpoints, cli, generator, pictures, report, sharding
+from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
-from maskgil_jax.build import training as build
+from maskgil_jax.build import tasks as build_tasks
+from maskgil_jax.build import tokenizers as build_tokenizers
+from maskgil_jax.build import training as build_training
 from maskgil_jax.cli import say
 from maskgil_jax.data.transforms import PickCrop
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -57,17 +60,17 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     """
     started = time.monotonic()
     config = _resolve(config)
-    build.validate(config)
+    build_training.validate(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    build.check_batch(config, mesh)
-    source = build.make_source(config)
+    build_training.check_batch(config, mesh)
+    source = build_data.make_source(config)
     tokenizer = _open_tokenizer(config, source)
     perceptual = _open_perceptual(config)
     with _claim_together(workdir, config), jax.set_mesh(mesh):
         task = (
-            build.make_maskgil_task(config, mesh)
+            build_training.make_maskgil_task(config, mesh)
             if config.kind == "maskgil"
-            else build.make_tokenizer_task(config, mesh, perceptual)
+            else build_tokenizers.make_tokenizer_task(config, mesh, perceptual)
         )
         batches = _open_batches(config, source, tokenizer, mesh)
         state = _run(config, workdir, mesh, task, batches, tokenizer)
@@ -81,7 +84,7 @@ def _run(
     config: ConfigDict,
     workdir: os.PathLike | str,
     mesh: Mesh,
-    task: build.Task,
+    task: build_tasks.Task,
     batches: loop.DeviceBatches,
     tokenizer: Tokenizer | None,
 ) -> Any:
@@ -96,7 +99,7 @@ def _run(
             )
         if first_step == 0:
             say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-        rate = build.rate_schedule(config)
+        rate = build_tasks.rate_schedule(config)
 
         def log(step: int, scalars: Mapping[str, float]) -> None:
             scalars = {**scalars, "learning_rate": float(rate(step - 1))}
@@ -121,7 +124,7 @@ def _run(
             state,
             task.empty_metrics,
             batches,
-            build.loop_config(config),
+            build_training.loop_config(config),
             hooks,
             first_step,
         )
@@ -130,7 +133,7 @@ def _run(
 
 
 def _restore(
-    store: checkpoints.Checkpoints, task: build.Task, batches: loop.DeviceBatches
+    store: checkpoints.Checkpoints, task: build_tasks.Task, batches: loop.DeviceBatches
 ) -> tuple[Any, int]:
     """Return the newest verified state and its step, or a fresh state and 0."""
     step = store.latest_step()
@@ -166,7 +169,7 @@ def _open_tokenizer(config: ConfigDict, source: Any) -> Tokenizer | None:
         return None
     tokenizer = generator.load_tokenizer(config.tokenizer.path)
     if config.data.name == "tokens":
-        build.check_stored_tokens(config, source, tokenizer)
+        build_data.check_stored_tokens(config, source, tokenizer)
     build_models.check_fit(config, tokenizer.spec, source.num_classes)
     return tokenizer
 
@@ -192,17 +195,17 @@ def _open_batches(
     put: Callable[[Any], Any] = functools.partial(sharding.put_batch, mesh=mesh)
     if tokenizer is not None and config.data.cache_tokens:
         began = time.monotonic()
-        source = build.cache_tokens(config, source, tokenizer)
+        source = build_data.cache_tokens(config, source, tokenizer)
         say(f"encoded {len(source):,} images in {time.monotonic() - began:.1f} s")
-        batches = build.make_batches(config, source, None)
+        batches = build_data.make_batches(config, source, None)
         return loop.DeviceBatches(batches, put, config.data.prefetch)
     if config.data.name == "tokens":
-        batches = build.make_batches(config, source, PickCrop())
+        batches = build_data.make_batches(config, source, PickCrop())
         return loop.DeviceBatches(batches, put, config.data.prefetch)
-    batches = build.make_batches(config, source, build.image_transform(config))
+    batches = build_data.make_batches(config, source, build_data.image_transform(config))
     if tokenizer is None:
         return loop.DeviceBatches(batches, put, config.data.prefetch)
-    encode = build.make_encoder(tokenizer, mesh)
+    encode = build_data.make_encoder(tokenizer, mesh)
     return loop.DeviceBatches(batches, lambda batch: encode(put(batch)), config.data.prefetch)
 
 

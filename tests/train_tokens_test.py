@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from maskgil_jax import checkpoints, sharding
-from maskgil_jax.build import training as build
+from maskgil_jax.build import data as build
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.train import _open_batches, _open_tokenizer, train
 

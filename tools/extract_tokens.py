@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 
 from maskgil_jax import config as schema
 from maskgil_jax import generator, sharding
-from maskgil_jax.build import training as build
+from maskgil_jax.build import data as build
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.data import crops as crop_kinds
 from maskgil_jax.data.crops import Crops

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 
 from maskgil_jax import checkpoints, sharding
-from maskgil_jax.build import training as build
+from maskgil_jax.build import tokenizers as build
 from maskgil_jax.tokenizers.lpips import LPIPSConfig
 from maskgil_jax.train import train
 from maskgil_jax.training import adversarial, steps

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
 from maskgil_jax import sharding
+from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
-from maskgil_jax.build import training as build
+from maskgil_jax.build import training as build_training
+from maskgil_jax.build.tasks import Task
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.models.sizes import SIZES
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -80,9 +82,9 @@ def draw_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     }
 
 
-def make_task(config: ConfigDict) -> build.Task:
+def make_task(config: ConfigDict) -> Task:
     """Return the training task on one device."""
-    return build.make_maskgil_task(config, sharding.make_mesh({}, jax.devices()[:1]))
+    return build_training.make_maskgil_task(config, sharding.make_mesh({}, jax.devices()[:1]))
 
 
 class Ours:
@@ -161,7 +163,7 @@ class OursVQ:
         mesh = sharding.make_mesh({"data": -1}, devices[:count])
         self._images = jax.device_put(encoding.draw_images(), sharding.batch_sharding(mesh))
         tokenizer = Tokenizer(config=encoding.config, params=params)
-        self._encode = build.make_encoder(tokenizer, mesh)
+        self._encode = build_data.make_encoder(tokenizer, mesh)
 
     def encode(self) -> np.ndarray:
         """Return the tokens of the batch."""

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import ours
 from benchmarks.timing import MAX_DRIFT, Effort, Times, measure
 
-from maskgil_jax.build import training as build
+from maskgil_jax.build import tasks as build
 
 CPU, GPU = "cpu", "gpu"
 

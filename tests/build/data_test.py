@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from maskgil_jax import config as schema
-from maskgil_jax.build import training as build
+from maskgil_jax.build import data as build
+from maskgil_jax.build.training import validate
 from maskgil_jax.data.canvases import CanvasSource
 
 
@@ -20,7 +21,7 @@ def canvases():
 
 
 def test_canvases_are_cropped_anywhere_and_scaled(canvases):
-    build.validate(canvases)
+    validate(canvases)
     source = build.make_source(canvases)
     assert isinstance(source, CanvasSource)
     assert (source.split, source.size) == ("train", None)
@@ -63,7 +64,7 @@ def test_canvases_are_cropped_anywhere_and_scaled(canvases):
 def test_what_canvases_cannot_be_used_for_is_refused(canvases, changes, match):
     canvases.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=match):
-        build.validate(canvases)
+        validate(canvases)
 
 
 def test_an_unknown_split_of_the_canvases_is_refused(canvases):
