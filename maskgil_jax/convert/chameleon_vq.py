@@ -8,12 +8,9 @@ models/chameleon/convert_chameleon_weights_to_hf.py, which puts the tokenizer un
 from typing import Any
 
 from maskgil_jax.convert import vqgan
-from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.rules import Family, StateDict
+from maskgil_jax.convert.rules import StateDict
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 
-NAME = "chameleon-vq"
-RULES = vqgan.taming_rules(level_attention=False)
 _HUGGING_FACE = "model.vqmodel."
 _LANGUAGE_MODEL = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
@@ -35,33 +32,23 @@ def rename(state: dict[str, Any]) -> tuple[dict[str, Any], str]:
     )
 
 
-def infer_config(state: StateDict) -> ChameleonVQConfig:
-    """Infer the sizes of a Chameleon-VQ from the shapes of its state dict.
-
-    Raises:
-        ConversionError: tensors that carry the sizes are missing, or the sizes make no model.
-    """
-    read = SizeReader(NAME, state, RULES)
+def find_problem(state: StateDict) -> str | None:
+    """Say where the decoder is, if the file has an encoder only."""
     sides = {key.split(".")[0] for key in state}
-    if "encoder" in sides and "decoder" not in sides:
-        read.problem(
-            "missing decoder.*: Hugging Face's Chameleon files leave it out, as that model reads "
-            "images only; convert tokenizer/vqgan.ckpt of the original release instead"
-        )
-    return vqgan.infer_vq_config(ChameleonVQConfig, read, r"encoder\.down\.", r"\.block\.")
+    if "encoder" not in sides or "decoder" in sides:
+        return None
+    return (
+        "missing decoder.*: Hugging Face's Chameleon files leave it out, as that model reads "
+        "images only; convert tokenizer/vqgan.ckpt of the original release instead"
+    )
 
 
-FAMILY = Family(
-    name=NAME,
-    kind="tokenizer",
-    architecture=NAME,
-    rules=RULES,
-    infer_config=infer_config,
-    abstract_tree=vqgan.abstract_tree,
-    config_type=ChameleonVQConfig,
+FAMILY = vqgan.make_vq_family(
+    ChameleonVQConfig,
+    vqgan.TAMING,
+    find_problem=find_problem,
     wrappers=("state_dict", "model"),
     export_wrapper="state_dict",
-    layout={"l2_normalize": False, "level_attention": False},
     # Discriminator and perceptual net.
     dropped_prefixes=("loss.",),
     renames=rename,

@@ -6,8 +6,12 @@ does not hide what else is wrong with a file.
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from maskgil_jax.convert.rules import ConversionError, Rule, StateDict, show_name
+
+ConfigType = TypeVar("ConfigType")
 
 
 def _show_pattern(pattern: str) -> str:
@@ -71,3 +75,17 @@ class SizeReader:
         strangers = [key for key in self._state if not any(fit(key) for fit in fits)]
         problems = self._problems + [f"unexpected {show_name(key)}" for key in strangers]
         raise ConversionError(f"not a {self._family} checkpoint:", problems)
+
+    def build(self, config_type: Callable[..., ConfigType], **sizes: Any) -> ConfigType:
+        """Return the config of these sizes.
+
+        Raises:
+            ConversionError: a size could not be found, or the sizes make no model.
+        """
+        self.finish()
+        try:
+            return config_type(**sizes)
+        except ValueError as error:
+            raise ConversionError(
+                f"the sizes in the file make no {self._family}: {error}"
+            ) from error

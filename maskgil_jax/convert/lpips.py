@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.rules import ConversionError, Family, Rule, StateDict, TensorLike
+from maskgil_jax.convert.rules import Family, Rule, StateDict, TensorLike
 from maskgil_jax.convert.vqgan import conv_rules
 from maskgil_jax.tokenizers.lpips import LEVELS, LPIPSConfig
 
@@ -33,11 +33,7 @@ def infer_config(state: StateDict) -> LPIPSConfig:
         keys = [rf"features\.{place}\.{part}" for place in places for part in ("weight", "bias")]
         head = (rf"lin{level}\.model\.1\.weight", 1)
         widths.append(read.size(f"width of level {level}", *((key, 0) for key in keys), head))
-    read.finish()
-    try:
-        return LPIPSConfig(widths=widths)
-    except ValueError as error:
-        raise ConversionError(f"the sizes in the file make no {NAME}: {error}") from error
+    return read.build(LPIPSConfig, widths=widths)
 
 
 def abstract_tree(config: LPIPSConfig) -> dict[str, TensorLike]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from maskgil_jax.convert import vqgan
 from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.rules import ConversionError, Family, Rule, StateDict
+from maskgil_jax.convert.rules import Family, Rule, StateDict
 from maskgil_jax.tokenizers.open_magvit2 import OpenMAGVIT2Config
 
 NAME = "open-magvit2"
@@ -76,30 +76,16 @@ def infer_config(state: StateDict) -> OpenMAGVIT2Config:
     """
     read = SizeReader(NAME, state, RULES)
     channels, multipliers, blocks = vqgan.read_levels(read, r"encoder\.down\.", r"\.block\.")
-    conv_out = r"encoder\.conv_out\."
-    bits = read.size(
-        "number of bits",
-        (conv_out + "weight", 0),
-        (conv_out + "bias", 0),
-        (r"decoder\.conv_in\.weight", 1),
+    bits = read.size("number of bits", *vqgan.LATENT_WIDTHS)
+    return read.build(
+        OpenMAGVIT2Config,
+        # A hostile width must not become a number of a billion digits.
+        codebook_size=2 ** min(bits, 64),
+        channels=channels,
+        channel_multipliers=multipliers,
+        num_res_blocks=blocks,
+        image_channels=read.size("number of image channels", *vqgan.IMAGE_CHANNELS),
     )
-    image_channels = read.size(
-        "number of image channels",
-        (r"encoder\.conv_in\.weight", 1),
-        (r"decoder\.conv_out\.bias", 0),
-    )
-    read.finish()
-    try:
-        return OpenMAGVIT2Config(
-            # A hostile width must not become a number of a billion digits.
-            codebook_size=2 ** min(bits, 64),
-            channels=channels,
-            channel_multipliers=multipliers,
-            num_res_blocks=blocks,
-            image_channels=image_channels,
-        )
-    except ValueError as error:
-        raise ConversionError(f"the sizes in the file make no {NAME}: {error}") from error
 
 
 FAMILY = Family(

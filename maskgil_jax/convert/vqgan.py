@@ -1,22 +1,31 @@
 """What the tables of the convolutional tokenizers share: their blocks' rules, and their sizes.
 
-The original implementations call the parts of a block alike and differ in how they number levels.
+The original implementations call the parts of a block alike and differ in how they call and number
+levels: `Names` tells VQGANs apart, and `make_vq_family` makes the rest of a family from it.
 """
 
-from typing import Any, TypeVar
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.rules import ConversionError, Rule, TensorLike
+from maskgil_jax.convert.rules import Family, Rule, StateDict, TensorLike
 from maskgil_jax.tokenizers.base import TokenizerConfig
 from maskgil_jax.tokenizers.vq import VQConfig
 
 # Far more than any tokenizer has: each level halves the grid.
 MAX_LEVELS, MAX_BLOCKS = 8, 32
-VQConfigType = TypeVar("VQConfigType", bound=VQConfig)
+# The tensors, each with its axis, that tell how wide the latents and the images are.
+LATENT_WIDTHS = (
+    (r"encoder\.conv_out\.weight", 0),
+    (r"encoder\.conv_out\.bias", 0),
+    (r"decoder\.conv_in\.weight", 1),
+)
+IMAGE_CHANNELS = ((r"encoder\.conv_in\.weight", 1), (r"decoder\.conv_out\.bias", 0))
 
 
 def conv_rules(key: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
@@ -67,36 +76,59 @@ def end_rules(side: str) -> tuple[Rule, ...]:
     )
 
 
-QUANTIZER_RULES = (
-    Rule("quantize.embedding.weight", "quantizer/codebook", "k z -> k z"),
-    *conv_rules("{c:quant_conv|post_quant_conv}", "{c:quant_conv|post_quant_conv}"),
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Names:
+    """How an implementation of the VQGAN names what it has beside the parts of a block.
 
-
-def taming_rules(*, level_attention: bool) -> tuple[Rule, ...]:
-    """Return the table of a VQGAN as taming-transformers names it.
-
-    Its decoder's level 0 is the highest resolution; ours is the lowest, where decoding starts.
+    Attributes:
+        down: the encoder's levels.
+        up: the decoder's levels.
+        up_path: the decoder's levels in our tree, whose level 0 is the lowest resolution, where
+            decoding starts.
+        blocks: the residual blocks of a level.
+        middle: the two residual blocks in the middle, and the attention between them.
     """
 
-    def side_rules(side: str, level: str, ours: str, resample: str) -> tuple[Rule, ...]:
-        levels, path = f"{side}.{level}.{{i}}", f"{side}/{ours}"
+    down: str
+    up: str
+    up_path: str
+    blocks: str
+    middle: tuple[str, str, str]
+
+    def rules(self, *, level_attention: bool) -> tuple[Rule, ...]:
+        """Return the table of a tokenizer."""
+        return (
+            *self._net_rules("encoder", self.down, "down_{i}", "downsample", level_attention),
+            *self._net_rules("decoder", self.up, self.up_path, "upsample", level_attention),
+            Rule("quantize.embedding.weight", "quantizer/codebook", "k z -> k z"),
+            *conv_rules("{c:quant_conv|post_quant_conv}", "{c:quant_conv|post_quant_conv}"),
+        )
+
+    def _net_rules(
+        self, side: str, levels: str, ours: str, resample: str, level_attention: bool
+    ) -> tuple[Rule, ...]:
+        level, path = f"{side}.{levels}.{{i}}", f"{side}/{ours}"
+        first, attention, second = (f"{side}.mid.{name}" for name in self.middle)
         rules = (
             *end_rules(side),
-            *res_rules(f"{levels}.block.{{j}}", f"{path}_res_{{j}}"),
-            *conv_rules(f"{levels}.{resample}.conv", f"{path}_{resample}"),
-            *res_rules(f"{side}.mid.block_1", f"{side}/mid_res_0"),
-            *attn_rules(f"{side}.mid.attn_1", f"{side}/mid_attn"),
-            *res_rules(f"{side}.mid.block_2", f"{side}/mid_res_1"),
+            *res_rules(f"{level}.{self.blocks}.{{j}}", f"{path}_res_{{j}}"),
+            *conv_rules(f"{level}.{resample}.conv", f"{path}_{resample}"),
+            *res_rules(first, f"{side}/mid_res_0"),
+            *attn_rules(attention, f"{side}/mid_attn"),
+            *res_rules(second, f"{side}/mid_res_1"),
         )
-        attention = attn_rules(f"{levels}.attn.{{j}}", f"{path}_attn_{{j}}")
-        return rules + attention if level_attention else rules
+        attentions = attn_rules(f"{level}.attn.{{j}}", f"{path}_attn_{{j}}")
+        return rules + attentions if level_attention else rules
 
-    return (
-        *side_rules("encoder", "down", "down_{i}", "downsample"),
-        *side_rules("decoder", "up", "up_{~i}", "upsample"),
-        *QUANTIZER_RULES,
-    )
+
+# taming-transformers, whose decoder's level 0 is the highest resolution.
+TAMING = Names(
+    down="down",
+    up="up",
+    up_path="up_{~i}",
+    blocks="block",
+    middle=("block_1", "attn_1", "block_2"),
+)
 
 
 def read_levels(read: SizeReader, level: str, block: str) -> tuple[int, tuple[int, ...], int]:
@@ -120,39 +152,6 @@ def read_levels(read: SizeReader, level: str, block: str) -> tuple[int, tuple[in
     return channels, tuple(width // channels for width in widths), blocks
 
 
-def infer_vq_config(
-    config_type: type[VQConfigType], read: SizeReader, level: str, block: str
-) -> VQConfigType:
-    """Infer the sizes of a VQGAN tokenizer; `level` and `block` are as `read_levels` has them.
-
-    Raises:
-        ConversionError: tensors that carry the sizes are missing, or the sizes make no model.
-    """
-    channels, multipliers, blocks = read_levels(read, level, block)
-    codebook, embed_dim = ((r"quantize\.embedding\.weight", axis) for axis in (0, 1))
-    conv_in, conv_out = r"encoder\.conv_in\.", r"encoder\.conv_out\."
-    latents = [(conv_out + "weight", 0), (conv_out + "bias", 0), (r"decoder\.conv_in\.weight", 1)]
-    sizes: dict[str, Any] = {
-        "channels": channels,
-        "channel_multipliers": multipliers,
-        "num_res_blocks": blocks,
-        "codebook_size": read.size("codebook size", codebook),
-        "embed_dim": read.size(
-            "code width", embed_dim, (r"quant_conv\.weight", 0), (r"quant_conv\.bias", 0)
-        ),
-        "latent_channels": read.size("latent width", *latents),
-        "image_channels": read.size(
-            "number of image channels", (conv_in + "weight", 1), (r"decoder\.conv_out\.bias", 0)
-        ),
-    }
-    read.finish()
-    try:
-        return config_type(**sizes)
-    except ValueError as error:
-        name = config_type.family
-        raise ConversionError(f"the sizes in the file make no {name}: {error}") from error
-
-
 def abstract_tree(config: TokenizerConfig) -> dict[str, TensorLike]:
     """Return path -> shape and dtype of every parameter, without computing any."""
     spec = config.spec
@@ -160,3 +159,58 @@ def abstract_tree(config: TokenizerConfig) -> dict[str, TensorLike]:
     images = jax.ShapeDtypeStruct((1, side, side, spec.image_channels), "float32")
     tree = jax.eval_shape(config.make_module().init, jax.random.key(0), images)["params"]
     return flatten_dict(nn.unbox(tree), sep="/")
+
+
+def make_vq_family(
+    config_type: type[VQConfig],
+    names: Names,
+    *,
+    find_problem: Callable[[StateDict], str | None] = lambda state: None,
+    **fields: Any,
+) -> Family:
+    """Return the family of a VQGAN tokenizer, whose sizes are inferred from the shapes.
+
+    Args:
+        config_type: the tokenizer's; its defaults are the layout, which shapes do not tell.
+        names: the implementation's.
+        find_problem: says what else a state dict lacks, if anything.
+        **fields: how its files are wrapped, and the like.
+    """
+    usual = config_type()
+    rules = names.rules(level_attention=usual.level_attention)
+
+    def infer_config(state: StateDict) -> VQConfig:
+        read = SizeReader(config_type.family, state, rules)
+        if problem := find_problem(state):
+            read.problem(problem)
+        channels, multipliers, blocks = read_levels(
+            read, rf"encoder\.{names.down}\.", rf"\.{names.blocks}\."
+        )
+        codebook, embed_dim = ((r"quantize\.embedding\.weight", axis) for axis in (0, 1))
+        return read.build(
+            config_type,
+            channels=channels,
+            channel_multipliers=multipliers,
+            num_res_blocks=blocks,
+            codebook_size=read.size("codebook size", codebook),
+            embed_dim=read.size(
+                "code width", embed_dim, (r"quant_conv\.weight", 0), (r"quant_conv\.bias", 0)
+            ),
+            latent_channels=read.size("latent width", *LATENT_WIDTHS),
+            image_channels=read.size("number of image channels", *IMAGE_CHANNELS),
+        )
+
+    return Family(
+        name=config_type.family,
+        kind="tokenizer",
+        architecture=config_type.family,
+        rules=rules,
+        infer_config=infer_config,
+        abstract_tree=abstract_tree,
+        config_type=config_type,
+        layout={
+            "l2_normalize": usual.l2_normalize,
+            "level_attention": usual.level_attention,
+        },
+        **fields,
+    )
