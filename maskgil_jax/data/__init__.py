@@ -6,6 +6,7 @@ and for labelled images `.num_classes`. Image records are `{"image": uint8 [H W 
 same with all crops, [crops gh gw].
 
 - `digits`, `canvases`, `folder`, `tfds`, `arrays`, `token_records`: the sources.
+- `token_dataset`: what stored tokens are, and the description beside them.
 - `crops`: the views of an image whose tokens are stored.
 - `transforms`: record → record, with a generator where something is drawn.
 - `pipeline`: source → shuffled, sharded, batched iterator that resumes exactly.

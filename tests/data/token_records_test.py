@@ -11,15 +11,14 @@ from maskgil_jax import checkpoints
 from maskgil_jax.data import token_records
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.pipeline import make_loader
-from maskgil_jax.data.token_records import (
+from maskgil_jax.data.token_dataset import (
     Layout,
     Shard,
     TokenDataset,
     TokenizerOrigin,
     TokenRecord,
-    TokenRecordSource,
-    write_shard,
 )
+from maskgil_jax.data.token_records import TokenRecordSource, write_shard
 from maskgil_jax.data.transforms import PickCrop
 
 MAKER = TokenizerOrigin(

@@ -24,7 +24,8 @@ from maskgil_jax.data.crops import Crops
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.folder import ImageFolderSource
-from maskgil_jax.data.token_records import TokenDataset, TokenizerOrigin, TokenRecordSource
+from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
+from maskgil_jax.data.token_records import TokenRecordSource
 from maskgil_jax.data.transforms import to_float
 
 TOOLS = tiny.ROOT / "tools"
@@ -130,7 +131,7 @@ def make_wanted(source, crops, **changes):
 
 def make_core(images=None, kind="center_flip", encode=fake_encode, **changes):
     """Return `extract(out, **options)` over digits or the given source."""
-    import extract_tokens
+    from extraction import processes
 
     if images is None:
         pictures, labels = digits_arrays("test")
@@ -140,7 +141,7 @@ def make_core(images=None, kind="center_flip", encode=fake_encode, **changes):
     wanted = make_wanted(images, crops, **changes)
 
     def extract(out, **options):
-        return extract_tokens.extract(wanted, images, crops, encode, out, **options)
+        return processes.extract(wanted, images, crops, encode, out, **options)
 
     return extract
 
@@ -283,12 +284,12 @@ def test_two_processes_write_what_one_does(inputs, finished, tmp_path):
 
 def run_places(extract, out, count=2, **options):
     """Run the places in threads: a lock belongs to whoever opened the file. Return their errors."""
-    import extract_tokens
+    from extraction.shards import Place
 
     barrier, errors = threading.Barrier(count), [None] * count
 
     def work(index):
-        place = extract_tokens.Place(index=index, count=count)
+        place = Place(index=index, count=count)
         try:
             extract(out, place=place, synchronise=barrier.wait, **options)
         except Exception as error:
@@ -333,13 +334,13 @@ def test_a_place_that_fails_ends_the_others(tmp_path, fails):
             raise OSError("unplugged")
         return fake_encode(images)
 
-    import extract_tokens
+    from extraction.shards import Place
 
     extract, barrier, errors = make_core(encode=encode), threading.Barrier(2), {}
 
     def work(index):
         try:
-            place = extract_tokens.Place(index=index, count=2)
+            place = Place(index=index, count=2)
             extract(tmp_path / "tokens", place=place, synchronise=barrier.wait)
         except (OSError, DatasetError) as error:
             errors[index] = str(error)
@@ -360,9 +361,9 @@ def test_a_place_that_fails_ends_the_others(tmp_path, fails):
 
 def test_an_old_note_of_another_place_does_not_vouch_for_a_damaged_shard(tmp_path, monkeypatch):
     """The first place may be done before the owner of the shard has found the damage."""
-    import extract_tokens
+    from extraction import work
 
-    out, read_whole = tmp_path / "tokens", extract_tokens._read_whole
+    out, read_whole = tmp_path / "tokens", work.read_whole
     make_core()(out)
     before = contents(out)
     (out / "tokens-00001-of-00004.array_record").write_bytes(b"damaged")
@@ -374,7 +375,7 @@ def test_an_old_note_of_another_place_does_not_vouch_for_a_damaged_shard(tmp_pat
         time.sleep(1 if "tokens-00001" in name else 0)
         return read_whole(out, name)
 
-    monkeypatch.setattr(extract_tokens, "_read_whole", read_late)
+    monkeypatch.setattr(work, "read_whole", read_late)
     first, second = run_places(make_core(encode=fail), out)
     assert "process 1 ended before tokens-00001-of-00004.array_record was whole" in str(first)
     assert str(second) == "unplugged"
@@ -384,25 +385,25 @@ def test_an_old_note_of_another_place_does_not_vouch_for_a_damaged_shard(tmp_pat
 
 
 def test_left_over_processes_and_locks_that_are_not_shared_are_refused(tmp_path):
-    import extract_tokens
+    from extraction import work
+    from extraction.shards import Place
 
     out = tmp_path / "tokens"
-    work = out / extract_tokens.WORK
     with pytest.raises(DatasetError, match="does not see the lock of process 1 in .* such as NFS"):
-        make_core()(out, place=extract_tokens.Place(index=0, count=2))
+        make_core()(out, place=Place(index=0, count=2))
     with (
-        extract_tokens._hold(work / "process-1.lock", out),
+        work.hold(work.process_lock(out, 1), out),
         pytest.raises(DatasetError, match=r"use by process \d+ on .* of an extraction by more pro"),
     ):
         make_core()(out)
     assert not list(out.glob("tokens-*"))
     make_core()(out)
-    assert not work.exists()
+    assert not (out / work.WORK).exists()
 
 
 def test_locks_and_files_behave_on_a_network_file_system(tmp_path, monkeypatch):
     """NFS locks only what is open for writing, and deletes what is open when it is closed."""
-    import extract_tokens
+    from extraction import processes, work
 
     def lock(file, operation):
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
@@ -417,11 +418,11 @@ def test_locks_and_files_behave_on_a_network_file_system(tmp_path, monkeypatch):
 
     flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", lock)
-    monkeypatch.setattr(extract_tokens.shutil, "rmtree", remove)
+    monkeypatch.setattr(processes.shutil, "rmtree", remove)
     out = tmp_path / "tokens"
     assert run_places(make_core(), out) == [None, None]
     assert len(TokenRecordSource(out)) == 50
-    assert not (out / extract_tokens.WORK).exists()
+    assert not (out / work.WORK).exists()
 
 
 def test_a_folder_of_other_images_is_refused(inputs, tmp_path, capsys):
@@ -488,13 +489,12 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_shard_made_again(tmp_path
 
 
 def test_a_folder_in_use_or_with_other_files_is_refused(tmp_path):
-    import extract_tokens
+    from extraction import work
 
     out = tmp_path / "tokens"
-    (out / extract_tokens.WORK).mkdir(parents=True)
-    lock = out / extract_tokens.WORK / "process-0.lock"
+    (out / work.WORK).mkdir(parents=True)
     with (
-        extract_tokens._hold(lock, out),
+        work.hold(work.process_lock(out, 0), out),
         pytest.raises(DatasetError, match=r"is in use by process \d+ on "),
     ):
         make_core()(out)
