@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load_model": "maskgil_jax.generator",
-    "load_tokenizer": "maskgil_jax.generator",
+    "ImageGenerator": "maskgil_jax.generator",
+    "mix_labels": "maskgil_jax.generator",
+    "load_model": "maskgil_jax.loading",
+    "load_tokenizer": "maskgil_jax.loading",
     "generate_tokens": "maskgil_jax.generator",
     "decode_images": "maskgil_jax.generator",
     "SamplerConfig": "maskgil_jax.decoding.masked",
@@ -35,12 +37,8 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from maskgil_jax.decoding.masked import SamplerConfig
-    from maskgil_jax.generator import (
-        decode_images,
-        generate_tokens,
-        load_model,
-        load_tokenizer,
-    )
+    from maskgil_jax.generator import ImageGenerator, decode_images, generate_tokens, mix_labels
+    from maskgil_jax.loading import load_model, load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

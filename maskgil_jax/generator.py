@@ -1,210 +1,458 @@
-"""Trained things ready to use: load a tokenizer or a model, and generate.
+"""Generation as one call: labels in, uint8 images out.
 
-The end of the generation path: label → condition → decoding loop → tokens → tokenizer → uint8.
+`ImageGenerator` is the public face; below it, `generate_tokens` runs the decoding loop over batches
+and `decode_images` turns codes into pixels: label → condition → loop → tokens → tokenizer → uint8.
 """
 
 import dataclasses
 import functools
 import os
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Integer, UInt8
-from ml_collections import ConfigDict
+from jaxtyping import Bool, Float, Int, UInt8
 
-from maskgil_jax import checkpoints, config, sharding, workdir
+from maskgil_jax import editing, loading, sharding
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked
+from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
-from maskgil_jax.pictures import to_uint8
+from maskgil_jax.pictures import to_float, to_uint8
 from maskgil_jax.tokenizers.base import Tokenizer, check_tokens
+
+# `(step, tokens [b gh gw])`, after every step; masked tokens hold the mask token.
+Callback = Callable[[int, np.ndarray], None]
+# Classes [b], or float mixtures of classes [b, C+1].
+Labels = Sequence[int] | np.ndarray
+_SUM_SLACK = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model with its parameters.
+class Generation:
+    """What a generation made.
 
     Attributes:
-        config: architecture.
-        params: tree of float32 parameters.
-        run: the configuration of the run that trained it (defaults where it was imported).
+        images: uint8 [b H W c].
+        tokens: int32 [b gh gw].
+        trace: int32 [t b gh gw], the tokens after every step, masked ones as the mask token; or
+            `None` if it was not asked for.
     """
 
-    config: TokenModelConfig
-    params: Any = dataclasses.field(repr=False)
-    run: ConfigDict = dataclasses.field(repr=False)
+    images: np.ndarray
+    tokens: np.ndarray
+    trace: np.ndarray | None = None
 
-    def logits(
+
+class ImageGenerator:
+    """A model and its tokenizer, ready to generate and to edit.
+
+        generator = ImageGenerator.from_checkpoint("runs/digits")
+        images = generator([3, 1, 4], seed=0, num_steps=8, guidance_scale=2.0)
+
+    Sampler settings that a call leaves out are those of the run that trained the model; they are
+    the fields of `SamplerConfig`. The first call with other settings, another size or a larger
+    batch compiles; batches are padded to powers of two, so that few sizes occur.
+
+    In float32 on a CPU, image i of a call depends on the seed, on i and on what it is asked to be,
+    not on the batch size or the number of devices.
+    """
+
+    def __init__(
         self,
-        tokens: Integer[Array | np.ndarray, "b gh gw"],
-        labels: Integer[Array | np.ndarray, " b"],
-    ) -> Float[Array, "b l v"]:
-        """Return float32 logits [b, gh·gw, K+1] of every image token, in raster order.
+        model: loading.Model,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 64,
+        mesh: Mesh | None = None,
+    ):
+        """Bind a model to the tokenizer of its codes.
 
         Args:
-            tokens: codes 0…K-1, or K where masked.
-            labels: classes 0…C-1; C means "no condition".
+            model: the model.
+            tokenizer: the tokenizer.
+            batch_size: images at a time, at most.
+            mesh: devices to use; all of them if `None`.
 
         Raises:
-            ValueError: if a token or label is out of range, or the shapes do not fit.
+            ValueError: if the tokenizer has another number of codes, or `batch_size` is below 1.
         """
-        tokens, labels = np.asarray(tokens), np.asarray(labels)
-        if tokens.ndim != 3 or labels.shape != tokens.shape[:1]:
+        if model.config.codebook_size != tokenizer.spec.codebook_size:
             raise ValueError(
-                f"tokens {tokens.shape} and labels {labels.shape} must be [b, gh, gw] and [b]"
+                f"the model predicts {model.config.codebook_size} codes, but the tokenizer has "
+                f"{tokenizer.spec.codebook_size}; use the tokenizer that the model was trained on"
             )
-        check_range("token", tokens, self.config.codebook_size + 1)
-        check_range("label", labels, self.config.num_classes + 1)
-        module = self.config.make_module()
-        ids = (jnp.asarray(tokens, jnp.int32), jnp.asarray(labels, jnp.int32))
-        return _apply(module, self.params, *ids)
+        check_batch_size(batch_size)
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size = batch_size
+        self.mesh = mesh or sharding.make_mesh({"data": -1})
+        self._params = place(model.params, self.mesh)
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: os.PathLike | str,
+        *,
+        tokenizer: os.PathLike | str | None = None,
+        tokenizer_dtype: str | None = None,
+        batch_size: int = 64,
+        mesh: Mesh | None = None,
+    ) -> "ImageGenerator":
+        """Load what a training run or `tools/convert_checkpoint.py` wrote.
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(module, params, tokens, labels):
-    return module.apply({"params": params}, tokens, labels)
+        Args:
+            path: run directory or model directory.
+            tokenizer: path of the tokenizer, or `asset:NAME`; by default the run's. A model
+                directory names none.
+            tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
+            batch_size: images at a time, at most.
+            mesh: devices to use; all of them if `None`.
 
+        Raises:
+            FileNotFoundError: if there is no model, or no checkpoint of it yet.
+            ValueError: if something is damaged, names no tokenizer, or does not fit.
+        """
+        model = loading.load_model(path)
+        chosen = tokenizer or model.run.tokenizer.path
+        if not chosen:
+            raise ValueError(f"{path} names no tokenizer; give the right one as `tokenizer`")
+        vq = loading.load_tokenizer(chosen, dtype=tokenizer_dtype)
+        return cls(model, vq, batch_size=batch_size, mesh=mesh)
 
-def check_range(name: str, ids: np.ndarray, count: int) -> None:
-    """Raise a `ValueError` that names the first id outside 0…count-1."""
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}s have type {ids.dtype}; give integers 0 to {count - 1}")
-    wrong = ids[(ids < 0) | (ids >= count)]
-    if wrong.size:
-        raise ValueError(f"{name} {int(wrong.flat[0])} is out of range; allowed: 0 to {count - 1}")
+    def __call__(
+        self,
+        labels: Labels,
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        callback: Callback | None = None,
+        return_trace: bool = False,
+        **sampler: Any,
+    ) -> UInt8[np.ndarray, "b H W c"] | Generation:
+        """Generate one image per label.
 
+        Args:
+            labels: classes 0…C-1 (C means "no condition"); or float [b, C+1], the weights of a
+                mixture of classes, see `mix_labels`.
+            seed: seed of all images, 0…2³²-1.
+            size: (H, W) in pixels, multiples of the tokenizer's factor; the trained one if `None`.
+            callback: called with `(step, tokens [b gh gw])` after every step of every batch; the
+                loop then runs on the host, with the same result, and ends if the callback raises.
+            return_trace: whether to return a `Generation` with the tokens of every step.
+            **sampler: fields of `SamplerConfig` that differ from the run's.
 
-def load_tokenizer(path: os.PathLike | str, *, dtype: str | None = None) -> Tokenizer:
-    """Load a tokenizer from a model directory, a run directory, or `asset:NAME`.
+        Returns:
+            uint8 images [b H W c]; or a `Generation`.
 
-    Args:
-        path: what `tools/convert_checkpoint.py` or a training run of kind `tokenizer` wrote, or
-            the name of a tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
-        dtype: type in which its nets compute, `float32` or `bfloat16`; as stored if `None`.
-            Parameters and the quantiser are float32.
+        Raises:
+            ValueError: if a label, the seed, the size or a setting is not allowed.
+        """
+        grid_size = self._grid(size)
+        made = self._generate(labels, None, grid_size, seed, callback, return_trace, sampler)
+        return made if return_trace else made.images
 
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if the directory holds something else or is damaged, or for another type.
-    """
-    tokenizer = _open_tokenizer(path)
-    if dtype is None:
-        return tokenizer
-    fields = tokenizer.config.to_dict() | {"dtype": dtype}
-    return dataclasses.replace(tokenizer, config=tokenizer.config.from_dict(fields))
+    def tokens(
+        self,
+        labels: Labels,
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        **sampler: Any,
+    ) -> Int[np.ndarray, "b gh gw"]:
+        """Generate the codes only; the arguments are those of a call."""
+        return self._codes(labels, None, self._grid(size), seed, None, False, sampler)[0]
 
+    def edit(
+        self,
+        images: UInt8[np.ndarray, "b H W c"],
+        masks: Bool[np.ndarray, "b H W"],
+        labels: Labels,
+        *,
+        grow: int = 0,
+        feather: float = 0.0,
+        seed: int = 0,
+        callback: Callback | None = None,
+        return_trace: bool = False,
+        **sampler: Any,
+    ) -> Generation:
+        """Make parts of images anew, as the labels say, to fit what stays (inpainting).
 
-def _open_tokenizer(path: os.PathLike | str) -> Tokenizer:
-    directory = build.resolve_path(str(path))
-    if checkpoints.is_model_dir(directory):
-        stored = checkpoints.read_model_dir(directory)
-        _check_kind(directory, stored.kind, "tokenizer")
-        return build.create_tokenizer(stored.family, stored.config, stored.params)
-    run = workdir.read_run_config(directory)
-    _check_kind(directory, run.kind, "tokenizer")
-    vq = build.tokenizer_config(run)
-    images = jnp.zeros(
-        (1, vq.spec.downsample_factor, vq.spec.downsample_factor, vq.spec.image_channels)
-    )
-    module = vq.make_module()
-    params = _restore_params(directory, lambda rng: module.init(rng, images)["params"])
-    return Tokenizer(config=vq, params=params)
+        Every token that a marked pixel touches is generated; all others keep their codes. Outside
+        the marked pixels the images are the given ones.
 
+        Args:
+            images: originals.
+            masks: true where to generate.
+            labels: classes of the results.
+            grow: cells by which the generated part of the token grid is widened on every side.
+            feather: width in pixels of the transition from original to generated, outside the
+                mask; 0 is a hard edge.
+            seed: seed of all images.
+            callback: as in a call.
+            return_trace: whether to keep the tokens of every step.
+            **sampler: fields of `SamplerConfig` that differ from the run's.
 
-def load_model(path: os.PathLike | str) -> Model:
-    """Load a model from a model directory or a training run's directory.
+        Raises:
+            ValueError: if images, masks and labels do not fit one another or the tokenizer, or a
+                mask marks nothing or leaves nothing.
+        """
+        editing.check_masks(images, masks)
+        factor = self.tokenizer.spec.downsample_factor
+        regions = editing.token_mask(masks, factor, grow)
+        start = np.where(regions, self.model.config.mask_token_id, self.encode(images))
+        made = self._generate(labels, start, None, seed, callback, return_trace, sampler)
+        blended = editing.composite(images, made.images, masks, feather)
+        return dataclasses.replace(made, images=blended)
 
-    Of a run, the newest verified checkpoint is read: the average of the parameters where the run
-    keeps one, else the parameters.
+    def outpaint(
+        self,
+        images: UInt8[np.ndarray, "b H W c"],
+        padding: tuple[int, int, int, int],
+        labels: Labels,
+        **options: Any,
+    ) -> Generation:
+        """Continue images beyond their edges.
 
-    Args:
-        path: what `tools/convert_checkpoint.py` or `python -m maskgil_jax.train` wrote.
+        Args:
+            images: originals.
+            padding: pixels to add at the top, bottom, left and right; the result's sides must be
+                multiples of the tokenizer's factor.
+            labels: classes of the results.
+            **options: those of `edit`.
 
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if the directory holds something else or is damaged.
-    """
-    directory = pathlib.Path(path)
-    if checkpoints.is_model_dir(directory):
-        stored = checkpoints.read_model_dir(directory)
-        _check_kind(directory, stored.kind, "model")
-        model = build.find_model(stored.family).from_dict(stored.config)
-        run = config.preset(model.preset)
-        run.model.update(model.to_dict() | {"family": model.family, "grid_size": model.grid_size})
-        params = jax.tree.map(jnp.asarray, stored.params)
-        return Model(config=model, params=params, run=run)
-    run = workdir.read_run_config(directory)
-    _check_kind(directory, run.kind, "maskgil")
-    model = build.model_config(run)
-    return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+        Raises:
+            ValueError: if the padding is negative, zero altogether or no multiple of the factor.
+        """
+        wide, masks = editing.pad(images, padding)
+        return self.edit(wide, masks, labels, **options)
 
+    def vary(
+        self,
+        images: UInt8[np.ndarray, "b H W c"],
+        labels: Labels,
+        *,
+        keep: float = 0.5,
+        seed: int = 0,
+        callback: Callback | None = None,
+        return_trace: bool = False,
+        **sampler: Any,
+    ) -> Generation:
+        """Draw variations: keep a random share of an image's tokens and generate the others.
 
-def _check_kind(directory: pathlib.Path, kind: str, wanted: str) -> None:
-    if kind != wanted:
-        raise ValueError(f"{directory} holds a {kind}, but a {wanted} is needed")
+        Args:
+            images: originals.
+            labels: classes of the results.
+            keep: share of the tokens to keep, in [0, 1).
+            seed: seed of all images, and of which tokens stay.
+            callback: as in a call.
+            return_trace: whether to keep the tokens of every step.
+            **sampler: fields of `SamplerConfig` that differ from the run's.
 
+        Raises:
+            ValueError: if `keep` is out of range, or images and labels do not fit.
+        """
+        known = self.encode(images)
+        kept = editing.draw_kept(known.shape, keep, seed)
+        start = np.where(kept, known, self.model.config.mask_token_id)
+        return self._generate(labels, start, None, seed, callback, return_trace, sampler)
 
-def _restore_params(directory: pathlib.Path, init: Any) -> Any:
-    store = checkpoints.Checkpoints(directory, read_only=True)
-    try:
-        # The optimiser's moments, twice as large, are not read.
-        step = store.latest_step(("params", "ema"))
-        if step is None:
-            raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
-        name = "ema" if "ema" in store.item_names(step) else "params"
-        abstract = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    def encode(self, images: UInt8[np.ndarray, "b H W c"]) -> Int[np.ndarray, "b gh gw"]:
+        """Turn uint8 images into codes.
+
+        Raises:
+            ValueError: if a side is no multiple of the tokenizer's factor, or the channels differ.
+        """
+        return np.asarray(self.tokenizer.encode(to_float(images), batch_size=self.batch_size))
+
+    def decode(self, tokens: Int[np.ndarray, "b gh gw"]) -> UInt8[np.ndarray, "b H W c"]:
+        """Turn codes into uint8 images, clipped, never rescaled."""
+        return decode_images(self.tokenizer, tokens, batch_size=self.batch_size)
+
+    def sampler(self, **changes: Any) -> masked.SamplerConfig:
+        """Return the run's sampler settings with some changed.
+
+        Raises:
+            ValueError: if a name is unknown, with the nearest one, or a value is not allowed.
+        """
+        known = [field.name for field in dataclasses.fields(masked.SamplerConfig)]
+        for name in changes:
+            check_choice("sampler setting", name, known)
+        return build.sampler_config(self.model.run, **changes)
+
+    def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        if size is None:
+            return self.model.config.grid_size
+        return self.tokenizer.spec.grid_size(*size)
+
+    def _codes(self, labels, start, grid_size, seed, callback, return_trace, sampler):
+        return generate(
+            self.model.config,
+            self._params,
+            labels,
+            self.sampler(**sampler),
+            seed=seed,
+            batch_size=self.batch_size,
+            mesh=self.mesh,
+            start=start,
+            grid_size=grid_size,
+            callback=callback,
+            return_trace=return_trace,
         )
-        return store.restore(step, {name: abstract})[name]
-    finally:
-        store.close()
+
+    def _generate(self, *request) -> Generation:
+        tokens, trace = self._codes(*request)
+        return Generation(images=self.decode(tokens), tokens=tokens, trace=trace)
 
 
-@functools.lru_cache(maxsize=16)
-def make_generate_fn(model: TokenModelConfig, sampler: masked.SamplerConfig, mesh: Mesh):
-    """Return the jitted `(params, labels [b], rngs [b]) → tokens [b, gh, gw]`.
+def mix_labels(
+    first: int, second: int, shares: Sequence[float], num_classes: int
+) -> Float[np.ndarray, "b n"]:
+    """Return mixtures of two classes, to be given as labels: an interpolation of conditions.
+
+    Args:
+        first: class 0…C-1, or C for "no condition".
+        second: the other one.
+        shares: of the second, one per image; 0 is the first class alone.
+        num_classes: C, the model's.
+
+    Returns:
+        float32 [b, C+1], rows that sum to 1.
+
+    Raises:
+        ValueError: if a class is out of range.
+    """
+    loading.check_range("label", np.array([first, second]), num_classes + 1)
+    eye = np.eye(num_classes + 1, dtype=np.float32)
+    weights = np.asarray(shares, np.float32)[:, None]
+    return (1 - weights) * eye[first] + weights * eye[second]
+
+
+def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
+    """Return labels as int32 [b] or, if they are mixtures, float32 [b, C+1].
+
+    Raises:
+        ValueError: if one is out of range, or a mixture has another width or another sum than 1.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2:
+        sums = labels.astype(np.float64).sum(-1)
+        if labels.shape[1] != num_classes + 1 or not np.all(np.abs(sums - 1) < _SUM_SLACK):
+            raise ValueError(
+                f"mixtures of classes have shape {labels.shape} and sums from {sums.min():g} to "
+                f"{sums.max():g}; give [b, {num_classes + 1}], the last column for no condition, "
+                "and rows that sum to 1"
+            )
+        return labels.astype(np.float32)
+    if labels.ndim != 1:
+        raise ValueError(f"labels have shape {labels.shape}; give one class per image, [b]")
+    if labels.size:
+        loading.check_range("label", labels, num_classes + 1)
+    return labels.astype(np.int32)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise a `ValueError` unless at least one image is made at a time."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+
+
+@functools.lru_cache(maxsize=64)
+def make_generate_fn(
+    model: TokenModelConfig,
+    sampler: masked.SamplerConfig,
+    mesh: Mesh,
+    grid_size: tuple[int, int] | None = None,
+    return_trace: bool = False,
+):
+    """Return the jitted `(params, start [b l], labels, rngs [b]) → (tokens [b l], trace or None)`.
 
     The batch is split over the mesh's data axes; every process receives all tokens.
     """
-    logits_fn = build.logits_fn(model)
-    rows = sharding.batch_sharding(mesh)
+    bind = _make_binder(model, sampler, mesh, grid_size)
 
-    def run(params, labels, rngs):
-        labels = jax.lax.with_sharding_constraint(labels, rows)
-        start = jnp.full((labels.shape[0], model.seq_len), model.mask_token_id, jnp.int32)
-        tokens, _ = masked.decode(
-            functools.partial(logits_fn, params),
-            jax.lax.with_sharding_constraint(start, rows),
-            labels,
-            jnp.full_like(labels, model.null_label),
+    def run(params, start, labels, rngs):
+        logits_fn, start, condition, null_condition = bind(params, start, labels)
+        return masked.decode(
+            logits_fn,
+            start,
+            condition,
+            null_condition,
             rngs,
             sampler,
             mask_token_id=model.mask_token_id,
-            grid_size=model.grid_size,
+            grid_size=grid_size or model.grid_size,
+            return_trace=return_trace,
         )
-        return tokens.reshape(-1, *model.grid_size)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
 
-def generate_tokens(
+@functools.lru_cache(maxsize=64)
+def make_step_fn(
+    model: TokenModelConfig,
+    sampler: masked.SamplerConfig,
+    mesh: Mesh,
+    grid_size: tuple[int, int] | None = None,
+):
+    """Return the jitted `(params, start, labels, rngs, i, state) → state`, to loop on the host."""
+    bind = _make_binder(model, sampler, mesh, grid_size)
+
+    def run(params, start, labels, rngs, i, state):
+        logits_fn, start, condition, null_condition = bind(params, start, labels)
+        unknown = jnp.sum(start == model.mask_token_id, axis=1)
+        step = masked.make_step(
+            logits_fn,
+            start,
+            condition,
+            null_condition,
+            rngs,
+            sampler.reveal_counts(unknown, start.shape[1]),
+            sampler,
+            mask_token_id=model.mask_token_id,
+            grid_size=grid_size or model.grid_size,
+        )
+        return step(i, state)
+
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def _make_binder(
+    model: TokenModelConfig,
+    sampler: masked.SamplerConfig,
+    mesh: Mesh,
+    grid_size: tuple[int, int] | None,
+):
+    logits_fn, rows = build.logits_fn(model, grid_size), sharding.batch_sharding(mesh)
+
+    def bind(params, start, labels):
+        labels = jax.lax.with_sharding_constraint(labels, rows)
+        start = jax.lax.with_sharding_constraint(start, rows)
+        if labels.ndim == 2:
+            null_labels = jnp.zeros_like(labels).at[:, -1].set(1)
+        else:
+            null_labels = jnp.full_like(labels, model.null_label)
+        return functools.partial(logits_fn, params), start, labels, null_labels
+
+    return bind
+
+
+def generate(
     model: TokenModelConfig,
     params: Any,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     sampler: masked.SamplerConfig,
     *,
     seed: int = 0,
     batch_size: int = 64,
     mesh: Mesh | None = None,
-) -> Int[np.ndarray, "b gh gw"]:
+    start: Int[np.ndarray, "b gh gw"] | None = None,
+    grid_size: tuple[int, int] | None = None,
+    callback: Callback | None = None,
+    return_trace: bool = False,
+) -> tuple[Int[np.ndarray, "b gh gw"], Int[np.ndarray, "t b gh gw"] | None]:
     """Generate one grid of codes per label.
 
     Image i draws its randomness from `fold_in(seed, i)`, so in float32 on CPU the codes do not
@@ -214,42 +462,104 @@ def generate_tokens(
     Args:
         model: architecture.
         params: its parameters.
-        labels: classes 0…C-1; C means "no condition".
+        labels: classes 0…C-1 (C means "no condition"), or float mixtures [b, C+1].
         sampler: settings of the decoder.
         seed: seed of all images.
-        batch_size: images at a time; rounded up to a multiple of the mesh's data axes.
+        batch_size: images at a time, at most; batches are padded to a power of two and to a
+            multiple of the mesh's data axes.
         mesh: devices to use; all of them if `None`.
+        start: codes to keep and, where to generate, the mask token; nothing is known if `None`.
+        grid_size: (gh, gw); that of `start`, else the configured one, if `None`.
+        callback: called after every step of every batch, which then runs step by step.
+        return_trace: whether to return the tokens after every step too.
+
+    Returns:
+        the codes, and the trace or `None`.
 
     Raises:
-        ValueError: if a label or the seed is out of range, or the batch size is not positive.
+        ValueError: if a label or the seed is out of range, the batch size is not positive, or
+            `start` does not fit the labels or the model.
     """
-    labels = np.asarray(labels).reshape(-1)
-    if labels.size:
-        check_range("label", labels, model.num_classes + 1)
-    labels = labels.astype(np.int32)
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    labels = check_labels(labels, model.num_classes)
+    check_batch_size(batch_size)
+    grid_size = tuple(grid_size or (model.grid_size if start is None else start.shape[1:]))
+    start = _check_start(model, start, len(labels), grid_size)
     mesh = mesh or sharding.make_mesh({"data": -1})
-    parts = sharding.batch_shards(mesh)
-    size = -(-min(batch_size, max(len(labels), 1)) // parts) * parts
-    function = make_generate_fn(model, sampler, mesh)
-    params = jax.device_put(params, jax.tree.map(lambda x: _on_mesh(x, mesh), params))
-    outputs = []
-    for start in range(0, len(labels), size):
-        chunk = labels[start : start + size]
-        padded = np.pad(chunk, (0, size - len(chunk)), mode="edge")
-        rngs = masked.image_keys(seed, np.arange(start, start + size))
+    size = padded_size(min(batch_size, max(len(labels), 1)), sharding.batch_shards(mesh))
+    params, tokens, traces = place(params, mesh), [], []
+    for first in range(0, len(labels), size):
+        count = min(size, len(labels) - first)
+        inputs = [
+            np.pad(x[first : first + count], [(0, size - count)] + [(0, 0)] * (x.ndim - 1), "edge")
+            for x in (start, labels)
+        ]
+        rngs = masked.image_keys(seed, np.arange(first, first + size))
         with jax.set_mesh(mesh):
-            tokens = function(params, padded, rngs)
-        outputs.append(np.asarray(tokens)[: len(chunk)])
-    return np.concatenate(outputs) if outputs else np.zeros((0, *model.grid_size), np.int32)
+            if callback is None:
+                run = make_generate_fn(model, sampler, mesh, grid_size, return_trace)
+                codes, trace = run(params, *inputs, rngs)
+                history = trace.tokens if trace is not None else None
+            else:
+                step = make_step_fn(model, sampler, mesh, grid_size)
+                steps = _run_on_host(
+                    functools.partial(step, params, *inputs, rngs), inputs[0], sampler.num_steps
+                )
+                history = []
+                for i, codes in enumerate(steps):
+                    callback(i, np.asarray(codes)[:count].reshape(count, *grid_size))
+                    history.append(np.asarray(codes))
+                history = np.stack(history)
+        tokens.append(np.asarray(codes)[:count].reshape(count, *grid_size))
+        if return_trace:
+            traces.append(np.asarray(history)[:, :count].reshape(-1, count, *grid_size))
+    if not tokens:
+        tokens = [np.zeros((0, *grid_size), np.int32)]
+        traces = [np.zeros((sampler.num_steps, 0, *grid_size), np.int32)]
+    return np.concatenate(tokens), np.concatenate(traces, axis=1) if return_trace else None
 
 
-def _on_mesh(x: Any, mesh: Mesh) -> Any:
-    current = getattr(x, "sharding", None)
-    if isinstance(current, jax.sharding.NamedSharding) and current.mesh == mesh:
-        return current
-    return sharding.replicated(mesh)
+def generate_tokens(*args: Any, **options: Any) -> Int[np.ndarray, "b gh gw"]:
+    """Generate one grid of codes per label; the arguments are those of `generate`."""
+    return generate(*args, **options)[0]
+
+
+def _run_on_host(step: Callable, start: np.ndarray, num_steps: int):
+    state = masked.start_state(jnp.asarray(start))
+    for i in range(num_steps):
+        state = step(i, state)
+        yield state.tokens
+
+
+def _check_start(
+    model: TokenModelConfig, start: np.ndarray | None, count: int, grid_size: tuple[int, int]
+) -> np.ndarray:
+    if start is None:
+        return np.full((count, grid_size[0] * grid_size[1]), model.mask_token_id, np.int32)
+    start = np.asarray(start)
+    if start.shape != (count, *grid_size):
+        raise ValueError(
+            f"start has shape {start.shape}; {count} labels on a grid of {grid_size[0]}×"
+            f"{grid_size[1]} tokens need {(count, *grid_size)}"
+        )
+    loading.check_range("token", start, model.codebook_size + 1)
+    return start.reshape(count, -1).astype(np.int32)
+
+
+def padded_size(count: int, parts: int) -> int:
+    """Return the next power of two, made a multiple of `parts`: few sizes, few compilations."""
+    return -(-(1 << (count - 1).bit_length()) // parts) * parts
+
+
+def place(params: Any, mesh: Mesh) -> Any:
+    """Put parameters on a mesh, whole on every device, unless they already lie on it."""
+
+    def target(x: Any) -> Any:
+        current = getattr(x, "sharding", None)
+        if isinstance(current, jax.sharding.NamedSharding) and current.mesh == mesh:
+            return current
+        return sharding.replicated(mesh)
+
+    return jax.device_put(params, jax.tree.map(target, params))
 
 
 def decode_images(
@@ -261,9 +571,8 @@ def decode_images(
         ValueError: if the tokens do not fit the tokenizer, or the batch size is not positive.
     """
     check_tokens(tokens, tokenizer.spec)
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
-    size = max(1, min(batch_size, len(tokens)))
+    check_batch_size(batch_size)
+    size = padded_size(max(1, min(batch_size, len(tokens))), 1)
     starts = range(0, max(len(tokens), 1), size)
     parts = [tokenizer.decode(tokens[start : start + size], batch_size=size) for start in starts]
     return np.concatenate([to_uint8(np.asarray(part)) for part in parts])

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 from jax import Array
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 BACKGROUND = 255
@@ -28,6 +28,18 @@ def to_uint8(images: Array | np.ndarray) -> UInt8[np.ndarray, "..."]:
         bad = images.size - np.isfinite(images).sum()
         raise ValueError(f"{bad} of {images.size} pixel values are NaN or infinite")
     return np.clip(np.rint(images * 127.5 + 127.5), 0, 255).astype(np.uint8)
+
+
+def to_float(images: np.ndarray) -> Float[np.ndarray, "..."]:
+    """Turn uint8 pixels into floats in [-1, 1], x / 127.5 - 1: what tokenizers encode.
+
+    Raises:
+      ValueError: the input is not uint8.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        raise ValueError(f"images are {images.dtype}; expected uint8 pixels")
+    return images.astype(np.float32) / 127.5 - 1
 
 
 def make_grid(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from maskgil_jax import checkpoints, cli, generator, masking, pictures
+from maskgil_jax import checkpoints, cli, generator, loading, masking, pictures
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
@@ -89,11 +89,11 @@ def sample(
         FileExistsError: if `out` is a directory that holds something.
     """
     with open_writer(out, columns=num_per_label if num_per_label > 1 else None) as write:
-        model = generator.load_model(workdir)
+        model = loading.load_model(workdir)
         config = build.sampler_config(model.run, **sampler)
         vq = open_tokenizer(model, workdir, tokenizer)
         classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
-        generator.check_range("label", classes, model.config.num_classes + 1)
+        loading.check_range("label", classes, model.config.num_classes + 1)
         classes = np.repeat(classes.astype(np.int32), num_per_label)
         began = time.monotonic()
         tokens = generator.generate_tokens(
@@ -112,14 +112,12 @@ def sample(
     )
 
 
-def open_tokenizer(
-    model: generator.Model, workdir: os.PathLike | str, path: str | None
-) -> Tokenizer:
+def open_tokenizer(model: loading.Model, workdir: os.PathLike | str, path: str | None) -> Tokenizer:
     """Load the tokenizer at `path`, by default the run's, and check that it fits the model."""
     path = path or model.run.tokenizer.path
     if not path:
         raise ValueError(f"{workdir} names no tokenizer; name the right one with --tokenizer")
-    tokenizer = generator.load_tokenizer(path)
+    tokenizer = loading.load_tokenizer(path)
     run = model.run
     if checkpoints.is_model_dir(workdir):
         # It records no image size, so the grid decides.

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from maskgil_jax import checkpoints, cli, generator, pictures, report, sharding
+from maskgil_jax import checkpoints, cli, loading, pictures, report, sharding
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import tasks as build_tasks
@@ -167,7 +167,7 @@ def _open_tokenizer(config: ConfigDict, source: Any) -> Tokenizer | None:
     """Return the tokenizer of a model run, checked against model and data."""
     if config.kind == "tokenizer":
         return None
-    tokenizer = generator.load_tokenizer(config.tokenizer.path)
+    tokenizer = loading.load_tokenizer(config.tokenizer.path)
     if config.data.name == "tokens":
         build_data.check_stored_tokens(config, source, tokenizer)
     build_models.check_fit(config, tokenizer.spec, source.num_classes)

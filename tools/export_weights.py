@@ -10,7 +10,7 @@ parameters, the average is taken.
 import argparse
 import sys
 
-from maskgil_jax import checkpoints, generator, workdir
+from maskgil_jax import checkpoints, loading, workdir
 
 
 def export_weights(run_dir: str, dst: str) -> None:
@@ -23,12 +23,12 @@ def export_weights(run_dir: str, dst: str) -> None:
     run = workdir.read_run_config(run_dir)
     source = {"kind": run.kind, "seed": run.seed, "num_steps": run.training.num_steps}
     if run.kind == "tokenizer":
-        tokenizer = generator.load_tokenizer(run_dir)
+        tokenizer = loading.load_tokenizer(run_dir)
         family, params = tokenizer.spec.family, tokenizer.params
         config = tokenizer.config.to_dict()
         kind = "tokenizer"
     else:
-        model = generator.load_model(run_dir)
+        model = loading.load_model(run_dir)
         family, config, params = model.config.family, model.config.to_dict(), model.params
         kind = "model"
     checkpoints.write_model_dir(

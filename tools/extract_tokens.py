@@ -22,7 +22,7 @@ from extraction.shards import Encode, Place
 from jax.experimental import multihost_utils
 
 from maskgil_jax import config as schema
-from maskgil_jax import generator, sharding
+from maskgil_jax import loading, sharding
 from maskgil_jax.build import data as build
 from maskgil_jax.data import crops as crop_kinds
 from maskgil_jax.data.crops import Crops
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--max_bad_images {args.max_bad_images} must be at least 0")
     began = time.monotonic()
     crops, source = make_crops(args), open_source(args)
-    tokenizer = generator.load_tokenizer(args.tokenizer)
+    tokenizer = loading.load_tokenizer(args.tokenizer)
     encode, mesh = make_encode(tokenizer)
     sharding.check_batch_size("--batch_size", args.batch_size, mesh)
     finished = extract(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from maskgil_jax import generator
+from maskgil_jax import generator, loading
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.data.canvases import CanvasSource
 from maskgil_jax.data.digits import DigitsSource
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.num_images > len(entries):
             raise ValueError(f"--num_images {args.num_images}: there are {len(entries)}")
         entries = entries[: args.num_images]
-    tokenizer = generator.load_tokenizer(args.tokenizer)
+    tokenizer = loading.load_tokenizer(args.tokenizer)
     if tokenizer.spec.image_channels != 3:
         raise ValueError(
             f"the tokenizer takes {tokenizer.spec.image_channels} channels; images have 3 (RGB)"

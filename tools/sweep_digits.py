@@ -14,7 +14,7 @@ import sys
 import jax
 import numpy as np
 
-from maskgil_jax import generator
+from maskgil_jax import generator, loading
 from maskgil_jax.build import models as build
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.evals.digits import digits_report
@@ -24,8 +24,8 @@ COLUMNS = ("agreement", "precision", "recall", "novelty")
 
 def sweep(arguments: argparse.Namespace) -> None:
     """Print the table, a row as soon as it is measured."""
-    model = generator.load_model(arguments.workdir)
-    tokenizer = generator.load_tokenizer(model.run.tokenizer.path)
+    model = loading.load_model(arguments.workdir)
+    tokenizer = loading.load_tokenizer(model.run.tokenizer.path)
     # Sampled at once, on one device or many alike.
     params = jax.device_put(model.params)
     train, heldout = digits_arrays("train"), digits_arrays("test")

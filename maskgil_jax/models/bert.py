@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.conditioning import Labels, embed_labels
 from maskgil_jax.models.transformer import Projection, StackConfig, scan_blocks, weight_init
 
 # Of the norms inside the blocks, and of those before and behind the stack.
@@ -163,14 +164,14 @@ class BidirectionalTransformer(nn.Module):
     def __call__(
         self,
         tokens: Int[Array | np.ndarray, "b gh gw"],
-        labels: Int[Array | np.ndarray, " b"],
+        labels: Labels,
         train: bool = False,
     ) -> Float[Array, "b l v"]:
         """Return float32 logits [b, gh·gw, K+1] for every image token.
 
         Args:
             tokens: codes 0…K-1, or K where masked, on the configured grid.
-            labels: classes 0…C-1, or C for "no condition".
+            labels: classes 0…C-1, or C for "no condition"; or float mixtures of them [b, C+1].
             train: whether dropout is on (needs an rng named `dropout`).
 
         Raises:
@@ -191,10 +192,9 @@ class BidirectionalTransformer(nn.Module):
         )
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("length", "vocab"))
         bias = jnp.asarray(self.param("bias", zeros, (length + 1, cfg.table_size)))
-        # In a narrower type of labels the sum would wrap around.
-        classes = rows + jnp.asarray(labels, jnp.int32)[:, None]
-        ids = jnp.concatenate([tokens.reshape(b, length), classes], axis=1)
-        x = jnp.asarray(table)[ids] + positions
+        image = jnp.asarray(table)[tokens.reshape(b, length)]
+        condition = embed_labels(jnp.asarray(table), labels, rows)
+        x = jnp.concatenate([image, condition], axis=1) + positions
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         x = OuterLayer(cfg, second=True, name="first_layer")(x, train)
         x = Stack(cfg, name="transformer")(x, train)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
 from maskgil_jax.models.base import TokenModelConfig
-from maskgil_jax.models.conditioning import Embedding
+from maskgil_jax.models.conditioning import Embedding, Labels
 from maskgil_jax.models.transformer import Transformer, TransformerConfig, check_choices
 
 _CHOICES = {
@@ -128,14 +128,14 @@ class MaskGIL(nn.Module):
     def __call__(
         self,
         tokens: Int[Array | np.ndarray, "b gh gw"],
-        labels: Int[Array | np.ndarray, " b"],
+        labels: Labels,
         train: bool = False,
     ) -> Float[Array, "b l v"]:
         """Return float32 logits [b, gh·gw, K+1] for every image token.
 
         Args:
             tokens: codes 0…K-1, or K where masked; the grid may differ from the configured one.
-            labels: classes 0…C-1, or C for "no condition".
+            labels: classes 0…C-1, or C for "no condition"; or float mixtures of them [b, C+1].
             train: whether dropout is on (needs an rng named `dropout`).
         """
         cfg = self.config
@@ -144,13 +144,11 @@ class MaskGIL(nn.Module):
         if cfg.embeddings == "shared":
             count = cfg.codebook_size + 1 + cfg.num_classes + 1
             embed = Embedding(count, cfg.width, name="token_embed")
-            # In a narrower type of labels the sum would wrap around.
-            classes = cfg.codebook_size + 1 + jnp.asarray(labels, jnp.int32)[:, None]
-            image, condition = embed(flat), embed(classes)
+            image, condition = embed(flat), embed.embed_labels(labels, cfg.codebook_size + 1)
         else:
             image = Embedding(cfg.codebook_size + 1, cfg.width, name="token_embed")(flat)
             table = Embedding(cfg.num_classes + 1, cfg.width, name="label_embed")
-            condition = table(labels[:, None])
+            condition = table.embed_labels(labels)
         first = cfg.condition == "first"
         x = jnp.concatenate([condition, image] if first else [image, condition], axis=1)
         x = nn.Dropout(cfg.embedding_dropout, deterministic=not train)(x)

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "maskgil_jax"
 
 COMMANDS = ("train", "sample", "evaluate", "app")
-FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"}
+FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"} | {"editing"}
 ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},
@@ -22,14 +22,15 @@ ROOMS = {
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints"},
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
-    "report": {"generator", "build", "data", "evals", "tokenizers", "pictures"},
-    "generator": {"build.models", "models", "tokenizers", "text", "decoding", "checkpoints"}
-    | {"sharding", "workdir", "pictures", "config"},
+    "report": {"generator", "loading", "build", "data", "evals", "tokenizers", "pictures"},
+    "loading": {"build.models", "models", "tokenizers", "checkpoints", "workdir", "config"},
+    "generator": {"build.models", "models", "tokenizers", "text", "decoding", "masking"}
+    | {"loading", "editing", "sharding", "pictures"},
 }
 EVERYTHING = set(ROOMS)
 ROOMS |= {name: EVERYTHING for name in COMMANDS}
 # The names that the package gives away lazily, spelled out for type checkers.
-ROOMS["__init__"] = {"generator", "decoding"}
+ROOMS["__init__"] = {"generator", "loading", "decoding"}
 
 # Packages from outside that a room must do without.
 FORBIDDEN = {

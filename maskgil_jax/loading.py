@@ -1,0 +1,165 @@
+"""Trained things ready to use: load a model or a tokenizer from where it was written.
+
+A run directory (`python -m maskgil_jax.train`), a model directory (`tools/convert_checkpoint.py`)
+or an asset of the package.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Integer
+from ml_collections import ConfigDict
+
+from maskgil_jax import checkpoints, config, workdir
+from maskgil_jax.build import models as build
+from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.tokenizers.base import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model with its parameters.
+
+    Attributes:
+        config: architecture.
+        params: tree of float32 parameters.
+        run: the configuration of the run that trained it (defaults where it was imported).
+    """
+
+    config: TokenModelConfig
+    params: Any = dataclasses.field(repr=False)
+    run: ConfigDict = dataclasses.field(repr=False)
+
+    def logits(
+        self,
+        tokens: Integer[Array | np.ndarray, "b gh gw"],
+        labels: Integer[Array | np.ndarray, " b"],
+    ) -> Float[Array, "b l v"]:
+        """Return float32 logits [b, gh·gw, K+1] of every image token, in raster order.
+
+        Args:
+            tokens: codes 0…K-1, or K where masked.
+            labels: classes 0…C-1; C means "no condition".
+
+        Raises:
+            ValueError: if a token or label is out of range, or the shapes do not fit.
+        """
+        tokens, labels = np.asarray(tokens), np.asarray(labels)
+        if tokens.ndim != 3 or labels.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"tokens {tokens.shape} and labels {labels.shape} must be [b, gh, gw] and [b]"
+            )
+        check_range("token", tokens, self.config.codebook_size + 1)
+        check_range("label", labels, self.config.num_classes + 1)
+        module = self.config.make_module()
+        ids = (jnp.asarray(tokens, jnp.int32), jnp.asarray(labels, jnp.int32))
+        return _apply(module, self.params, *ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(module, params, tokens, labels):
+    return module.apply({"params": params}, tokens, labels)
+
+
+def check_range(name: str, ids: np.ndarray, count: int) -> None:
+    """Raise a `ValueError` that names the first id outside 0…count-1."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name}s have type {ids.dtype}; give integers 0 to {count - 1}")
+    wrong = ids[(ids < 0) | (ids >= count)]
+    if wrong.size:
+        raise ValueError(f"{name} {int(wrong.flat[0])} is out of range; allowed: 0 to {count - 1}")
+
+
+def load_tokenizer(path: os.PathLike | str, *, dtype: str | None = None) -> Tokenizer:
+    """Load a tokenizer from a model directory, a run directory, or `asset:NAME`.
+
+    Args:
+        path: what `tools/convert_checkpoint.py` or a training run of kind `tokenizer` wrote, or
+            the name of a tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
+        dtype: type in which its nets compute, `float32` or `bfloat16`; as stored if `None`.
+            Parameters and the quantiser are float32.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the directory holds something else or is damaged, or for another type.
+    """
+    tokenizer = _open_tokenizer(path)
+    if dtype is None:
+        return tokenizer
+    fields = tokenizer.config.to_dict() | {"dtype": dtype}
+    return dataclasses.replace(tokenizer, config=tokenizer.config.from_dict(fields))
+
+
+def _open_tokenizer(path: os.PathLike | str) -> Tokenizer:
+    directory = build.resolve_path(str(path))
+    if checkpoints.is_model_dir(directory):
+        stored = checkpoints.read_model_dir(directory)
+        _check_kind(directory, stored.kind, "tokenizer")
+        return build.create_tokenizer(stored.family, stored.config, stored.params)
+    run = workdir.read_run_config(directory)
+    _check_kind(directory, run.kind, "tokenizer")
+    vq = build.tokenizer_config(run)
+    images = jnp.zeros(
+        (1, vq.spec.downsample_factor, vq.spec.downsample_factor, vq.spec.image_channels)
+    )
+    module = vq.make_module()
+    params = _restore_params(directory, lambda rng: module.init(rng, images)["params"])
+    return Tokenizer(config=vq, params=params)
+
+
+def load_model(path: os.PathLike | str) -> Model:
+    """Load a model from a model directory or a training run's directory.
+
+    Of a run, the newest verified checkpoint is read: the average of the parameters where the run
+    keeps one, else the parameters.
+
+    Args:
+        path: what `tools/convert_checkpoint.py` or `python -m maskgil_jax.train` wrote.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the directory holds something else or is damaged.
+    """
+    directory = pathlib.Path(path)
+    if checkpoints.is_model_dir(directory):
+        stored = checkpoints.read_model_dir(directory)
+        _check_kind(directory, stored.kind, "model")
+        model = build.find_model(stored.family).from_dict(stored.config)
+        run = config.preset(model.preset)
+        run.model.update(model.to_dict() | {"family": model.family, "grid_size": model.grid_size})
+        params = jax.tree.map(jnp.asarray, stored.params)
+        return Model(config=model, params=params, run=run)
+    run = workdir.read_run_config(directory)
+    _check_kind(directory, run.kind, "maskgil")
+    model = build.model_config(run)
+    return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+
+
+def _check_kind(directory: pathlib.Path, kind: str, wanted: str) -> None:
+    if kind != wanted:
+        raise ValueError(f"{directory} holds a {kind}, but a {wanted} is needed")
+
+
+def _restore_params(directory: pathlib.Path, init: Any) -> Any:
+    store = checkpoints.Checkpoints(directory, read_only=True)
+    try:
+        # The optimiser's moments, twice as large, are not read.
+        step = store.latest_step(("params", "ema"))
+        if step is None:
+            raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
+        name = "ema" if "ema" in store.item_names(step) else "params"
+        abstract = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+        )
+        return store.restore(step, {name: abstract})[name]
+    finally:
+        store.close()
