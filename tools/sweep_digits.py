@@ -1,81 +1,130 @@
 """Measure a digits run at many sampler settings and print a Markdown table.
 
     python tools/sweep_digits.py --workdir runs/digits \
-        --guidance 1,1.5,2 --gumbel 0,4.5,12 --steps 1,4,8,16
+        --sampler order=halton --sampler remasking=cap,remasking_strength=0.1 \
+        --sweep num_steps=4,8,16 --plot sweep.png
 
-Every row is `--num_samples` images with the run's other sampler settings, measured as the run's
-last line is. RESULTS.md quotes its output.
+Every `--sampler` is a set of settings, named in its row, and every `--sweep` a setting with the
+values it takes; all combinations are measured. What is left out is as in the run. Every row is
+`--num_samples` images, measured as the run's last line is. The plot (extra `plots`) needs exactly
+one `--sweep`, its axis. RESULTS.md quotes the output.
 """
 
 import argparse
+import dataclasses
 import itertools
+import pathlib
 import sys
+from typing import Any
 
-import jax
 import numpy as np
 
-from maskgil_jax import generator, loading
-from maskgil_jax.build import models as build
+import maskgil_jax
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.masking import check_choice
 
 COLUMNS = ("agreement", "precision", "recall", "novelty")
+TYPES = {field.name: field.type for field in dataclasses.fields(maskgil_jax.SamplerConfig)}
+THE_RUNS = "as in the run"
 
 
-def sweep(arguments: argparse.Namespace) -> None:
-    """Print the table, a row as soon as it is measured."""
-    model = loading.load_model(arguments.workdir)
-    tokenizer = loading.load_tokenizer(model.run.tokenizer.path)
-    # Sampled at once, on one device or many alike.
-    params = jax.device_put(model.params)
+def parse_value(field: str, text: str) -> Any:
+    """Read a value of a sampler setting.
+
+    Raises:
+        ValueError: if there is no such setting, or the text is no such value.
+    """
+    check_choice("sampler setting", field, TYPES)
+    kind: Any = TYPES[field]
+    if kind is bool:
+        check_choice(field, text, ("true", "false"))
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{field}={text}: {text!r} is no {kind.__name__}") from error
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Read `field=value,field=value`; the empty text changes nothing."""
+    settings = {}
+    for part in filter(None, text.split(",")):
+        field, separator, value = part.partition("=")
+        if not separator:
+            raise ValueError(f"--sampler {text!r}: write field=value, such as order=halton")
+        settings[field] = parse_value(field, value)
+    return settings
+
+
+def parse_sweep(text: str) -> list[dict[str, Any]]:
+    """Read `field=value,value,value` into one change for each value."""
+    field, separator, values = text.partition("=")
+    if not separator:
+        raise ValueError(f"--sweep {text!r}: write field=value,value, such as num_steps=4,8")
+    return [{field: parse_value(field, value)} for value in values.split(",")]
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table, a row as soon as it is measured, and return its rows."""
+    sets = {text or THE_RUNS: parse_settings(text) for text in arguments.sampler or [""]}
+    sweeps = [parse_sweep(text) for text in arguments.sweep]
+    generator = maskgil_jax.ImageGenerator.from_checkpoint(arguments.workdir, batch_size=256)
     train, heldout = digits_arrays("train"), digits_arrays("test")
-    labels = np.arange(arguments.num_samples) % model.config.num_classes
-    print(f"| steps | guidance | Gumbel | temperature | {' | '.join(COLUMNS)} |")
-    print("|" + "---|" * (4 + len(COLUMNS)), flush=True)
-    settings = itertools.product(
-        arguments.steps, arguments.guidance, arguments.gumbel, arguments.temperature
-    )
-    for steps, guidance, gumbel, temperature in settings:
-        sampler = build.sampler_config(
-            model.run,
-            num_steps=steps,
-            guidance_scale=guidance,
-            gumbel_temperature=gumbel,
-            temperature=temperature,
-            guidance_schedule=arguments.guidance_schedule,
-            schedule=arguments.schedule,
-            schedule_form=arguments.schedule_form,
-        )
-        tokens = generator.generate_tokens(
-            model.config, params, labels, sampler, seed=arguments.seed, batch_size=250
-        )
-        images = generator.decode_images(tokenizer, tokens, batch_size=250)
+    labels = np.arange(arguments.num_samples) % generator.model.config.num_classes
+    names = [next(iter(changes[0])) for changes in sweeps]
+    print(f"| sampler | {' | '.join([*names, *COLUMNS])} |")
+    print("|" + "---|" * (1 + len(names) + len(COLUMNS)), flush=True)
+    rows = []
+    for (name, settings), *changes in itertools.product(sets.items(), *sweeps):
+        swept = {field: value for change in changes for field, value in change.items()}
+        tokens = generator.tokens(labels, seed=arguments.seed, **{**settings, **swept})
+        images = generator.decode(tokens)
         report = digits_report(images, labels, train=train, heldout=heldout)
-        cells = [f"{report[name]:.3f}" for name in COLUMNS]
-        print(f"| {steps} | {guidance:g} | {gumbel:g} | {temperature:g} | {' | '.join(cells)} |",
-              flush=True)  # fmt: skip
+        rows.append({"sampler": name, **swept, **report})
+        cells = [name, *swept.values(), *(f"{report[column]:.3f}" for column in COLUMNS)]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    return rows
 
 
-def numbers(kind):
-    """Return a parser of comma-separated numbers."""
-    return lambda text: [kind(part) for part in text.split(",")]
+def draw(rows: list[dict[str, Any]], axis: str, path: pathlib.Path) -> None:
+    """Draw every measure over the swept setting, one line for each set of settings."""
+    from matplotlib import pyplot  # an extra
+
+    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(14, 3.4), layout="constrained")
+    for panel, column in zip(panels, COLUMNS, strict=True):
+        for name in dict.fromkeys(row["sampler"] for row in rows):
+            line = [row for row in rows if row["sampler"] == name]
+            panel.plot(
+                [row[axis] for row in line], [row[column] for row in line], marker="o", label=name
+            )
+        panel.set(title=column, xlabel=axis)
+        if axis == "num_steps":
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     """Parse the command line and sweep."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="directory of a digits run")
-    parser.add_argument("--steps", type=numbers(int), default=[8])
-    parser.add_argument("--guidance", type=numbers(float), default=[1.0])
-    parser.add_argument("--gumbel", type=numbers(float), default=[4.5])
-    parser.add_argument("--temperature", type=numbers(float), default=[1.0])
-    parser.add_argument("--guidance_schedule", default=None)
-    parser.add_argument("--schedule", default=None)
-    parser.add_argument("--schedule_form", default=None)
-    parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="directory of a digits run")
+    add("--sampler", action="append", metavar="FIELD=VALUE,…", help="settings of one row or curve")
+    add("--sweep", action="append", default=[], metavar="FIELD=VALUES", help="a setting to vary")
+    add("--num_samples", type=int, default=1000)
+    add("--seed", type=int, default=0)
+    add("--plot", type=pathlib.Path, help="picture to write")
+    arguments = parser.parse_args()
     try:
-        sweep(parser.parse_args())
+        if arguments.plot and len(arguments.sweep) != 1:
+            raise ValueError(f"--plot needs one --sweep, not {len(arguments.sweep)}")
+        rows = measure(arguments)
+        if arguments.plot:
+            draw(rows, arguments.sweep[0].partition("=")[0], arguments.plot)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
