@@ -84,6 +84,7 @@ def default() -> ConfigDict:
     model.rope = "2d"  # 2d | 1d
     model.cond_rope = "identity"  # rotary row of the class token: identity | zero | table
     model.rope_base = 10000.0
+    model.rope_interpolation = False  # spread other grids over the trained positions (2d)
     model.embeddings = "separate"  # separate token and label tables | one shared table
     model.qk_norm = "none"  # none | layer | rms, over the head dimension, before RoPE
     model.post_norm = "none"  # none | rms | layer, on the outputs of attention and MLP

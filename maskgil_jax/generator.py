@@ -21,6 +21,7 @@ from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.pictures import to_float, to_uint8
 from maskgil_jax.tokenizers.base import Tokenizer, check_tokens
 
@@ -128,6 +129,7 @@ class ImageGenerator:
         *,
         seed: int = 0,
         size: tuple[int, int] | None = None,
+        rope_interpolation: bool = False,
         callback: Callback | None = None,
         return_trace: bool = False,
         **sampler: Any,
@@ -139,6 +141,8 @@ class ImageGenerator:
                 mixture of classes, see `mix_labels`.
             seed: seed of all images, 0…2³²-1.
             size: (H, W) in pixels, multiples of the tokenizer's factor; the trained one if `None`.
+            rope_interpolation: whether another size is spread over the trained positions, instead
+                of reaching beyond them.
             callback: called with `(step, tokens [b gh gw])` after every step of every batch; the
                 loop then runs on the host, with the same result, and ends if the callback raises.
             return_trace: whether to return a `Generation` with the tokens of every step.
@@ -150,9 +154,17 @@ class ImageGenerator:
         Raises:
             ValueError: if a label, the seed, the size or a setting is not allowed.
         """
-        grid_size = self._grid(size)
-        made = self._generate(labels, None, grid_size, seed, callback, return_trace, sampler)
-        return made if return_trace else made.images
+        tokens, trace = self._codes(
+            labels,
+            grid_size=self._grid(size),
+            rope_interpolation=rope_interpolation,
+            seed=seed,
+            callback=callback,
+            return_trace=return_trace,
+            **sampler,
+        )
+        images = self.decode(tokens)
+        return Generation(images=images, tokens=tokens, trace=trace) if return_trace else images
 
     def tokens(
         self,
@@ -160,10 +172,17 @@ class ImageGenerator:
         *,
         seed: int = 0,
         size: tuple[int, int] | None = None,
+        rope_interpolation: bool = False,
         **sampler: Any,
     ) -> Int[np.ndarray, "b gh gw"]:
         """Generate the codes only; the arguments are those of a call."""
-        return self._codes(labels, None, self._grid(size), seed, None, False, sampler)[0]
+        return self._codes(
+            labels,
+            grid_size=self._grid(size),
+            rope_interpolation=rope_interpolation,
+            seed=seed,
+            **sampler,
+        )[0]
 
     def edit(
         self,
@@ -173,10 +192,7 @@ class ImageGenerator:
         *,
         grow: int = 0,
         feather: float = 0.0,
-        seed: int = 0,
-        callback: Callback | None = None,
-        return_trace: bool = False,
-        **sampler: Any,
+        **options: Any,
     ) -> Generation:
         """Make parts of images anew, as the labels say, to fit what stays (inpainting).
 
@@ -190,10 +206,8 @@ class ImageGenerator:
             grow: cells by which the generated part of the token grid is widened on every side.
             feather: width in pixels of the transition from original to generated, outside the
                 mask; 0 is a hard edge.
-            seed: seed of all images.
-            callback: as in a call.
-            return_trace: whether to keep the tokens of every step.
-            **sampler: fields of `SamplerConfig` that differ from the run's.
+            **options: seed, callback, return_trace, rope_interpolation and sampler settings, as in
+                a call.
 
         Raises:
             ValueError: if images, masks and labels do not fit one another or the tokenizer, or a
@@ -203,7 +217,7 @@ class ImageGenerator:
         factor = self.tokenizer.spec.downsample_factor
         regions = editing.token_mask(masks, factor, grow)
         start = np.where(regions, self.model.config.mask_token_id, self.encode(images))
-        made = self._generate(labels, start, None, seed, callback, return_trace, sampler)
+        made = self._complete(labels, start, **options)
         blended = editing.composite(images, made.images, masks, feather)
         return dataclasses.replace(made, images=blended)
 
@@ -236,9 +250,7 @@ class ImageGenerator:
         *,
         keep: float = 0.5,
         seed: int = 0,
-        callback: Callback | None = None,
-        return_trace: bool = False,
-        **sampler: Any,
+        **options: Any,
     ) -> Generation:
         """Draw variations: keep a random share of an image's tokens and generate the others.
 
@@ -247,9 +259,8 @@ class ImageGenerator:
             labels: classes of the results.
             keep: share of the tokens to keep, in [0, 1).
             seed: seed of all images, and of which tokens stay.
-            callback: as in a call.
-            return_trace: whether to keep the tokens of every step.
-            **sampler: fields of `SamplerConfig` that differ from the run's.
+            **options: callback, return_trace, rope_interpolation and sampler settings, as in a
+                call.
 
         Raises:
             ValueError: if `keep` is out of range, or images and labels do not fit.
@@ -257,7 +268,7 @@ class ImageGenerator:
         known = self.encode(images)
         kept = editing.draw_kept(known.shape, keep, seed)
         start = np.where(kept, known, self.model.config.mask_token_id)
-        return self._generate(labels, start, None, seed, callback, return_trace, sampler)
+        return self._complete(labels, start, seed=seed, **options)
 
     def encode(self, images: UInt8[np.ndarray, "b H W c"]) -> Int[np.ndarray, "b gh gw"]:
         """Turn uint8 images into codes.
@@ -287,9 +298,29 @@ class ImageGenerator:
             return self.model.config.grid_size
         return self.tokenizer.spec.grid_size(*size)
 
-    def _codes(self, labels, start, grid_size, seed, callback, return_trace, sampler):
+    def _complete(self, labels: Labels, start: np.ndarray, **options: Any) -> Generation:
+        tokens, trace = self._codes(labels, start=start, **options)
+        return Generation(images=self.decode(tokens), tokens=tokens, trace=trace)
+
+    def _codes(
+        self,
+        labels: Labels,
+        *,
+        start: np.ndarray | None = None,
+        grid_size: tuple[int, int] | None = None,
+        rope_interpolation: bool = False,
+        seed: int = 0,
+        callback: Callback | None = None,
+        return_trace: bool = False,
+        **sampler: Any,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        model = self.model.config
+        if rope_interpolation:
+            if not isinstance(model, MaskGILConfig):
+                raise ValueError(f"a model of family {model.family!r} has no rotary positions")
+            model = dataclasses.replace(model, rope_interpolation=True)
         return generate(
-            self.model.config,
+            model,
             self._params,
             labels,
             self.sampler(**sampler),
@@ -301,10 +332,6 @@ class ImageGenerator:
             callback=callback,
             return_trace=return_trace,
         )
-
-    def _generate(self, *request) -> Generation:
-        tokens, trace = self._codes(*request)
-        return Generation(images=self.decode(tokens), tokens=tokens, trace=trace)
 
 
 def mix_labels(

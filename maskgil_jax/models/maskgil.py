@@ -40,6 +40,8 @@ class MaskGILConfig(TokenModelConfig, TransformerConfig):
             `table`: the sequence as it stands takes the rows of a 1D table with one zero row in
             front, as the released code does.
         rope_base: base of the rotary frequencies.
+        rope_interpolation: whether another grid than the configured one is spread over its
+            positions, instead of reaching beyond them; for rope `2d`.
         embeddings: `separate` tables for tokens and labels, or one `shared` table in the order
             codes, mask, classes, null class.
         embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
@@ -51,6 +53,7 @@ class MaskGILConfig(TokenModelConfig, TransformerConfig):
     rope: str = "2d"
     cond_rope: str = "identity"
     rope_base: float = 10000.0
+    rope_interpolation: bool = False
     embeddings: str = "separate"
     embedding_dropout: float = 0.0
 
@@ -66,6 +69,8 @@ class MaskGILConfig(TokenModelConfig, TransformerConfig):
             )
         if self.cond_rope == "table" and self.rope != "1d":
             raise ValueError("cond_rope 'table' needs rope '1d'; with '2d': 'identity' or 'zero'")
+        if self.rope_interpolation and self.rope != "2d":
+            raise ValueError("rope_interpolation needs rope '2d'; in 1D rows have no positions")
         if self.rope == "2d" and self.head_dim % 4:
             raise ValueError(
                 f"rope '2d' needs a head dimension divisible by 4, not {self.head_dim}"
@@ -95,7 +100,8 @@ class MaskGILConfig(TokenModelConfig, TransformerConfig):
             return np.concatenate([zero, rope_lib.rope_1d(gh * gw, self.head_dim, self.rope_base)])
         condition = rope_lib.condition_rows(1, self.head_dim, self.cond_rope)
         if self.rope == "2d":
-            image = rope_lib.rope_2d((gh, gw), self.head_dim, self.rope_base)
+            span = self.grid_size if self.rope_interpolation else None
+            image = rope_lib.rope_2d((gh, gw), self.head_dim, self.rope_base, span)
         else:
             image = rope_lib.rope_1d(gh * gw, self.head_dim, self.rope_base)
         parts = [condition, image]

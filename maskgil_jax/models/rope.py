@@ -4,7 +4,8 @@ A table is cos and sin of one angle per position and pair of channels; `apply_ro
 interleaved pairs (0, 1), (2, 3), … of queries and keys. A row of zeros (cos = sin = 0) makes the
 query and the key of its position vanish, which LlamaGen's weights need for condition tokens.
 
-Reference: RoFormer (Su et al., 2021); LlamaGen `gpt.py`, `precompute_freqs_cis_2d`.
+Reference: RoFormer (Su et al., 2021); LlamaGen `gpt.py`, `precompute_freqs_cis_2d`; Chen et al.,
+2023, "Extending Context Window … via Positional Interpolation".
 """
 
 import jax.numpy as jnp
@@ -25,13 +26,20 @@ def rope_1d(length: int, head_dim: int, base: float = 10000.0) -> np.ndarray:
     return _table(np.outer(np.arange(length), _frequencies(head_dim // 2, base)))
 
 
-def rope_2d(grid_size: tuple[int, int], head_dim: int, base: float = 10000.0) -> np.ndarray:
+def rope_2d(
+    grid_size: tuple[int, int],
+    head_dim: int,
+    base: float = 10000.0,
+    span: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Return the table of a gh × gw grid in raster order: first half rows, second half columns.
 
     Args:
         grid_size: (gh, gw), tokens per column and per row.
         head_dim: channels per head, divisible by 4.
         base: base of the frequencies.
+        span: the grid over whose positions this one is spread: row r lies at r·span[0]/gh, and so
+            do columns. Every token lies at its own number if `None`.
 
     Returns:
         float32 [gh·gw, head_dim/2, 2] (cos, sin).
@@ -43,8 +51,9 @@ def rope_2d(grid_size: tuple[int, int], head_dim: int, base: float = 10000.0) ->
         raise ValueError(f"2D RoPE needs a head dimension divisible by 4, not {head_dim}")
     gh, gw = grid_size
     frequencies = _frequencies(head_dim // 4, base)
-    rows = np.repeat(np.outer(np.arange(gh), frequencies), gw, axis=0)
-    columns = np.tile(np.outer(np.arange(gw), frequencies), (gh, 1))
+    height, width = span or grid_size
+    rows = np.repeat(np.outer(np.arange(gh) * (height / gh), frequencies), gw, axis=0)
+    columns = np.tile(np.outer(np.arange(gw) * (width / gw), frequencies), (gh, 1))
     return _table(np.concatenate([rows, columns], axis=-1))
 
 

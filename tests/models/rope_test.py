@@ -62,3 +62,13 @@ def test_what_cannot_be_rotated_is_refused():
         rope.rope_2d((2, 2), 6)
     with pytest.raises(ValueError, match="'table' has no rows; allowed here"):
         rope.condition_rows(1, HEAD_DIM, "table")
+
+
+def test_a_spread_grid_has_the_positions_of_its_span():
+    plain, spread = rope.rope_2d((4, 4), 8), rope.rope_2d((8, 2), 8, span=(4, 4))
+    spread = spread.reshape(8, 2, 4, 2)
+    # Every other row and every column fall on cells of the span: rows 0, ½, 1, …; columns 0, 2.
+    np.testing.assert_allclose(spread[::2], plain.reshape(4, 4, 4, 2)[:, ::2], atol=1e-6)
+    between = np.cos(0.5), np.sin(0.5)
+    np.testing.assert_allclose(spread[1, 0, 0], between, atol=1e-6)
+    np.testing.assert_array_equal(rope.rope_2d((4, 4), 8, span=(4, 4)), plain)

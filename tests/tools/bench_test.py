@@ -202,6 +202,51 @@ def test_encoding_is_reported_in_images_per_second(capsys):
     assert result["ours_images_per_second"] > 0
 
 
+def test_sampling_peer_gives_our_images():
+    from benchmarks import ours, torch_sampling
+
+    greedy = dict(num_steps=4, guidance_scale=3.0, temperature=0.0, gumbel_temperature=0.0)
+    us = ours.OursSampler("tiny", 2, greedy)
+    rng = np.random.default_rng(0)
+    # Random everywhere: a zero head, bias or a unit scale would hide a wrong one.
+    us.replace_params(
+        *jax.tree.map(
+            lambda x: x + rng.normal(size=x.shape).astype(np.float32) / 3, (us.params, us.vq_params)
+        )
+    )
+    tokens, images = us.sample_tokens(), us.sample()
+    assert len(np.unique(tokens)) > 5
+    for layout in torch_sampling.LAYOUTS:
+        peer = torch_sampling.TorchSampler(
+            us.model,
+            us.params,
+            us.vq,
+            us.vq_params,
+            labels=us.labels,
+            settings=greedy,
+            layout=layout,
+            device="cpu",
+        )
+        # A rounding in float32 may move a value over the edge between two grey levels.
+        assert np.abs(peer.decode(torch.from_numpy(tokens)).astype(int) - images).max() <= 1
+        assert np.abs(peer.sample().astype(int) - images).max() <= 1
+    assert np.ptp(images) > 50
+
+
+@pytest.mark.parametrize("row", ["7s", "8", "12c"])
+def test_rows_of_the_sampler_are_ratios_of_what_they_report(row, capsys):
+    assert run_bench("--rows", row) == 0
+    (result,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert result.keys() >= FIELDS - {"batch"}
+    parts = {"8": ("tail", "forward"), "12c": ("warm", "cold")}
+    if row == "7s":
+        ours_rate = result["ours_images_per_second"]
+        ratio = ours_rate / result[f"{result['torch_layout']}_images_per_second"]
+    else:
+        ratio = np.divide(*(result[f"{name}_seconds"] for name in parts[row]))
+    assert result["ratio"] == pytest.approx(ratio, rel=0.5)
+
+
 def test_drift_voids_a_result():
     from benchmarks import rows, timing
 
@@ -218,8 +263,8 @@ def test_drift_voids_a_result():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "7,77"], "rows 77 are unknown; allowed: 1, 1c, 2, 7, 7e, 12"),
-        (["--rows", "1"], "need a GPU.*allowed here: 1c, 7, 7e, 12"),
+        (["--rows", "7,77"], "rows 77 are unknown; allowed: 1, 1c, 2, 7, 7e, 7s, 8, 12c, 12"),
+        (["--rows", "1"], "need a GPU.*allowed here: 1c, 7, 7e, 7s, 8, 12c, 12"),
         (["--rows", "7", "--size", "m"], "size 'm' is unknown; allowed: b, l, xl, xxl, tiny"),
         (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),
     ],

@@ -4,17 +4,24 @@ import dataclasses
 import math
 import pathlib
 import runpy
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
-from maskgil_jax import sharding
+from maskgil_jax import generator, sharding
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build_training
 from maskgil_jax.build.tasks import Task
+from maskgil_jax.decoding import masked
+from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.generator import ImageGenerator
+from maskgil_jax.loading import Model
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.models.sizes import SIZES
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -148,6 +155,9 @@ ENCODINGS = (
     Encoding(config=DIGITS, image_size=32, batch_size=64),
     Encoding(config=LlamaGenVQConfig(channels=64), image_size=128, batch_size=16),
 )
+TRIAL_VQ = LlamaGenVQConfig(
+    codebook_size=100, channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=32
+)
 TRIAL_ENCODINGS = (Encoding(config=DIGITS, image_size=8, batch_size=2),)
 
 
@@ -168,6 +178,114 @@ class OursVQ:
     def encode(self) -> np.ndarray:
         """Return the tokens of the batch."""
         return np.asarray(self._encode({"image": self._images, "label": None})["tokens"])
+
+
+def vq_config(size: str) -> LlamaGenVQConfig:
+    """Return the tokenizer that a model of this size decodes with."""
+    return TRIAL_VQ if size == TRIAL_SIZE else LlamaGenVQConfig()
+
+
+class OursSampler:
+    """Our generator, from labels to pixels, with random weights (and the zero head of a new model).
+
+    On a CPU it uses all devices, which are the same cores for the peer; else one.
+
+    Attributes:
+        model: architecture of the model.
+        params: random parameters.
+        vq: architecture of the tokenizer.
+        vq_params: random parameters.
+        labels: classes of the batch.
+    """
+
+    def __init__(self, size: str, batch_size: int, settings: dict):
+        config = make_config(size, batch_size, "float32")
+        self.model, self.vq = model_config(config), vq_config(size)
+        self.labels = [i % config.model.num_classes for i in range(batch_size)]
+        init = build_models.init_model(self.model)
+        self.params = nn.unbox(jax.jit(init)(jax.random.key(0)))
+        side = self.vq.downsample_factor
+        images = np.zeros((1, side, side, 3), np.float32)
+        self.vq_params = jax.jit(self.vq.make_module().init)(jax.random.key(1), images)["params"]
+        self._run, self._settings = config, settings
+        self.replace_params(self.params, self.vq_params)
+
+    def replace_params(self, params: Any, vq_params: Any) -> None:
+        """Generate with other parameters from now on."""
+        self.params, self.vq_params = params, vq_params
+        devices, count = jax.devices(), 1
+        if devices[0].platform == "cpu":
+            count = math.gcd(len(devices), len(self.labels))
+        self._generator = ImageGenerator(
+            Model(config=self.model, params=params, run=self._run),
+            Tokenizer(config=self.vq, params=vq_params),
+            batch_size=len(self.labels),
+            mesh=sharding.make_mesh({"data": -1}, devices[:count]),
+        )
+
+    def sample(self) -> np.ndarray:
+        """Return uint8 images [b, H, W, 3]."""
+        return self._generator.decode(self.sample_tokens())
+
+    def sample_tokens(self) -> np.ndarray:
+        """Return the codes [b, gh, gw] only."""
+        return self._generator.tokens(self.labels, **self._settings)
+
+
+class SamplerTail:
+    """One guided decoding step with and without its model: what the sampler itself costs.
+
+    Args:
+        size: of the model.
+        batch_size: images.
+        settings: of the sampler.
+    """
+
+    def __init__(self, size: str, batch_size: int, settings: dict):
+        config = make_config(size, batch_size, "float32")
+        model, sampler = model_config(config), SamplerConfig(**settings)
+        length, mask = model.seq_len, model.mask_token_id
+        tokens = jnp.full((batch_size, length), mask)
+        labels, null = jnp.zeros(batch_size, jnp.int32), jnp.full(batch_size, model.null_label)
+        rngs = masked.image_keys(0, np.arange(batch_size))
+        counts = sampler.reveal_counts(jnp.full(batch_size, length), length)
+        state = masked.start_state(tokens)
+
+        def step(logits, i, state):
+            one = masked.make_step(
+                lambda tokens, _: logits[: len(tokens)],
+                tokens,
+                labels,
+                null,
+                rngs,
+                counts,
+                sampler,
+                mask_token_id=mask,
+                grid_size=model.grid_size,
+            )
+            return one(i, state)
+
+        predict = jax.jit(build_models.logits_fn(model))
+        params = nn.unbox(jax.jit(build_models.init_model(model))(jax.random.key(0)))
+        both = jnp.concatenate([tokens, tokens]), jnp.concatenate([labels, null])
+        logits, middle, jitted = predict(params, *both), sampler.num_steps // 2, jax.jit(step)
+        self.tail = lambda: jax.block_until_ready(jitted(logits, middle, state))
+        self.forward = lambda: jax.block_until_ready(predict(params, *both))
+
+
+def compile_sampler(size: str, batch_size: int, settings: dict) -> None:
+    """Trace, lower and compile the whole decoding loop."""
+    jax.clear_caches()
+    config = make_config(size, batch_size, "float32")
+    model, mesh = model_config(config), sharding.make_mesh({}, jax.devices()[:1])
+    shapes = nn.unbox(jax.eval_shape(build_models.init_model(model), jax.random.key(0)))
+    generator.make_generate_fn.cache_clear()
+    run = generator.make_generate_fn(model, SamplerConfig(**settings), mesh)
+    start = jax.ShapeDtypeStruct((batch_size, model.seq_len), jnp.int32)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    rngs = jax.eval_shape(lambda: masked.image_keys(0, np.arange(batch_size)))
+    with jax.set_mesh(mesh):
+        run.lower(shapes, start, labels, rngs).compile()
 
 
 def compile_step(config: ConfigDict) -> None:

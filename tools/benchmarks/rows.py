@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
@@ -14,10 +15,19 @@ import jax
 import numpy as np
 from benchmarks import ours
 from benchmarks.timing import MAX_DRIFT, Effort, Times, measure
+from jax.experimental.compilation_cache import compilation_cache
 
 from maskgil_jax.build import tasks as build
 
 CPU, GPU = "cpu", "gpu"
+SAMPLER = {
+    "num_steps": 8,
+    "schedule": "arccos",
+    "guidance_scale": 2.0,
+    "guidance_schedule": "linear",
+    "temperature": 1.0,
+    "gumbel_temperature": 4.5,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +218,108 @@ def encoding_against_torch(row: str, size: str, effort: Effort, *, goal: float) 
         )
 
 
+def sampling_against_torch(
+    row: str, size: str, effort: Effort, *, batch_size: int, goal: float
+) -> Iterator[Result]:
+    """Measure how many times as fast as PyTorch we turn labels into pixels.
+
+    PyTorch decodes its pixels in the faster of both memory layouts.
+    """
+    from benchmarks.torch_sampling import LAYOUTS, TorchSampler
+
+    us = ours.OursSampler(size, batch_size, SAMPLER)
+    device = "cpu" if jax.default_backend() == CPU else "cuda"
+    shared = (us.model, us.params, us.vq, us.vq_params)
+    settings = {k: v for k, v in SAMPLER.items() if k != "guidance_schedule"}
+    peers = {
+        layout: TorchSampler(
+            *shared, labels=us.labels, settings=settings, layout=layout, device=device
+        )
+        for layout in LAYOUTS
+    }
+    contenders: dict[str, Callable[[], Any]] = {"ours": us.sample}
+    contenders |= {layout: peer.sample for layout, peer in peers.items()}
+    times = measure(contenders, "float32", effort)
+    best = min(LAYOUTS, key=lambda name: np.median(times.seconds[name]))
+    rates = {name: batch_size / np.median(times.seconds[name]) for name in contenders}
+    yield Result(
+        row=row,
+        name=f"sampling with decode, images/s ÷ PyTorch eager float32, {size.upper()}",
+        **summarise(times.seconds[best] / times.seconds["ours"]),
+        goal=goal,
+        times=times,
+        figures={
+            "batch": batch_size,
+            "dtype": "float32",
+            **SAMPLER,
+            "torch_layout": best,
+            **{f"{name}_images_per_second": float(f"{r:.4g}") for name, r in rates.items()},
+        },
+    )
+
+
+def sampler_tail(
+    row: str, size: str, effort: Effort, *, batch_size: int, goal: float
+) -> Iterator[Result]:
+    """Measure what the sampler adds to the guided forward pass of a step."""
+    tail = ours.SamplerTail(size, batch_size, SAMPLER)
+    times = measure({"tail": tail.tail, "forward": tail.forward}, "float32", effort)
+    yield Result(
+        row=row,
+        name=f"sampler's tail ÷ guided forward, {size.upper()}",
+        **summarise(times.seconds["tail"] / times.seconds["forward"]),
+        goal=goal,
+        better="lower",
+        times=times,
+        figures={
+            "batch": batch_size,
+            "dtype": "float32",
+            **{f"{name}_seconds": _seconds(times, name) for name in ("tail", "forward")},
+        },
+    )
+
+
+def warm_cache(
+    row: str, size: str, effort: Effort, *, batch_size: int, goal: float
+) -> Iterator[Result]:
+    """Measure how long the sampler takes to compile when the compilation cache holds it."""
+    settings = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def compile_in(folder: str) -> None:
+        # JAX opens its cache once; another folder needs it closed.
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", folder)
+        ours.compile_sampler(size, batch_size, SAMPLER)
+
+    def compile_cold() -> None:
+        with tempfile.TemporaryDirectory() as empty:
+            compile_in(empty)
+
+    with tempfile.TemporaryDirectory() as filled:
+        jax.config.update("jax_enable_compilation_cache", True)
+        try:
+            compile_in(filled)
+            contenders: dict[str, Callable[[], Any]] = {
+                "cold": compile_cold,
+                "warm": functools.partial(compile_in, filled),
+            }
+            times = measure(contenders, "float32", effort)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+    yield Result(
+        row=row,
+        name=f"compile time of the sampler, warm ÷ cold cache, {size.upper()}",
+        **summarise(times.seconds["warm"] / times.seconds["cold"]),
+        goal=goal,
+        better="lower",
+        times=times,
+        figures={f"{name}_seconds": _seconds(times, name) for name in contenders},
+    )
+
+
 def compile_time(
     row: str, size: str, effort: Effort, *, layers: tuple[int, int], goal: float
 ) -> Iterator[Result]:
@@ -281,6 +393,19 @@ ROWS = {
         run=functools.partial(encoding_against_torch, goal=1.0),
         summary="images/s of the tokenizer's encoder ÷ PyTorch eager float32",
         needs_torch=True,
+    ),
+    "7s": Row(
+        run=functools.partial(sampling_against_torch, batch_size=4, goal=1.6),
+        summary="images/s from labels to pixels ÷ PyTorch eager float32, batch 4",
+        needs_torch=True,
+    ),
+    "8": Row(
+        run=functools.partial(sampler_tail, batch_size=4, goal=0.06),
+        summary="sampler without its model ÷ guided forward, batch 4",
+    ),
+    "12c": Row(
+        run=functools.partial(warm_cache, batch_size=4, goal=0.25),
+        summary="compile time of the sampler, warm ÷ cold compilation cache",
     ),
     "12": Row(
         run=functools.partial(compile_time, layers=(12, 48), goal=1.5),

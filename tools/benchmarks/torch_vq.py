@@ -1,7 +1,7 @@
-"""The encoder of LlamaGen-VQ in PyTorch: the peer that extraction is measured against.
+"""LlamaGen-VQ in PyTorch: the peer that extraction and sampling are measured against.
 
 Modules are named as the paths of our Flax parameters, so that one rule copies all weights. A test
-holds its latents and tokens against ours.
+holds its latents, tokens and images against ours.
 
 Reference: Sun et al. 2024, section 2.1; Esser et al. 2021.
 """
@@ -111,10 +111,57 @@ class TorchEncoder(nn.Module):
         return (latents @ F.normalize(self.codebook, dim=-1).T).argmax(-1)
 
 
-def load_flax_params(model: TorchEncoder, params: Any) -> None:
-    """Copy the parameters of our tokenizer; those of its decoder are left out."""
+class TorchDecoder(nn.Module):
+    """Tokens [b, gh, gw] to images [b, 3, H, W], not clipped.
+
+    Raises:
+        ValueError: if the codes are not on the unit sphere, which this peer takes for granted.
+    """
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        if not config.l2_normalize:
+            raise ValueError("the PyTorch peer implements l2_normalize True only")
+        widths = [config.channels * m for m in reversed(config.channel_multipliers)]
+        channels = widths[0]
+        layers: dict[str, nn.Module] = {
+            "conv_in": nn.Conv2d(config.latent_channels, channels, 3, padding=1),
+            "mid_res_0": Residual(channels, channels),
+            "mid_attn": Attention(channels),
+            "mid_res_1": Residual(channels, channels),
+        }
+        for level, width in enumerate(widths):
+            for block in range(config.num_res_blocks + 1):
+                layers[f"up_{level}_res_{block}"] = Residual(channels, width)
+                channels = width
+                if level == 0 and config.level_attention:
+                    layers[f"up_0_attn_{block}"] = Attention(channels)
+            if level != len(widths) - 1:
+                layers[f"up_{level}_upsample"] = nn.Conv2d(channels, channels, 3, padding=1)
+        layers["norm_out"] = Normed(channels)
+        layers["conv_out"] = nn.Conv2d(channels, 3, 3, padding=1)
+        self.decoder = nn.ModuleDict(layers)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+        self.codebook = nn.Parameter(torch.zeros(config.codebook_size, config.embed_dim))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the images; they take the memory format of the weights."""
+        codes = F.normalize(self.codebook, dim=-1)[tokens].permute(0, 3, 1, 2)
+        x = self.post_quant_conv(codes)
+        for name, layer in self.decoder.items():
+            if name.endswith("upsample"):
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = layer(F.silu(x) if name == "conv_out" else x)
+        return x
+
+
+def load_flax_params(model: TorchEncoder | TorchDecoder, params: Any) -> None:
+    """Copy the parameters of our tokenizer; those of the other half are left out."""
     state = {"codebook": params["quantizer"]["codebook"]}
-    used = {name: params[name] for name in ("encoder", "quant_conv")}
+    half = ("encoder", "quant_conv")
+    if isinstance(model, TorchDecoder):
+        half = ("decoder", "post_quant_conv")
+    used = {name: params[name] for name in half}
     for path, leaf in traverse_util.flatten_dict(used).items():
         array = np.asarray(leaf)
         if path[-1] == "kernel":
