@@ -28,12 +28,33 @@ def test_scales_follow_their_formulas(num_steps, scale):
 
 
 @pytest.mark.parametrize(
+    ("interval", "inside"),
+    [
+        ((0.0, 1.0), range(10)),
+        ((0.3, 0.7), range(3, 7)),
+        ((0.25, 0.75), range(3, 8)),
+        ((0.0, 0.1), range(1)),
+        ((0.9, 1.0), range(9, 10)),
+        ((0.91, 0.99), range(0)),
+    ],
+)
+@pytest.mark.parametrize("schedule", guidance.GUIDANCE_SCHEDULES)
+def test_outside_its_interval_guidance_is_off(schedule, interval, inside):
+    whole = guidance.guidance_scales(schedule, 3.5, 10, 1.5)
+    scales = guidance.guidance_scales(schedule, 3.5, 10, 1.5, interval)
+    expected = [whole[i] if i in inside else 1 for i in range(10)]
+    np.testing.assert_array_equal(scales, np.float32(expected))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("liner", 2.0, 8), "'liner' is unknown; .*Did you mean 'linear'"),
         (("linear", -0.5, 8), "guidance_scale -0.5 is out of range; allowed: 0 or more"),
         (("linear", float("nan"), 8), "guidance_scale nan"),
         (("power_cosine", 2.0, 8, 0.0), "guidance_power 0.0 is out of range"),
+        (("linear", 2.0, 8, 1.0, (0.6, 0.4)), "guidance from 0.6 to 0.4 is no interval"),
+        (("linear", 2.0, 8, 1.0, (-0.1, 0.4)), "guidance from -0.1 to 0.4 is no interval"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):

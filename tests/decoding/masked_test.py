@@ -37,7 +37,7 @@ def start_tokens(*unknown):
 @functools.partial(jax.jit, static_argnames=("logits_fn", "sampler", "null"))
 def run(tokens, labels, rngs, *, logits_fn, sampler, null):
     nothing = jnp.full_like(labels, NULL) if null else None
-    options = dict(mask_token_id=MASK, return_trace=True)
+    options = dict(mask_token_id=MASK, grid_size=(3, 4), return_trace=True)
     return masked.decode(logits_fn, tokens, labels, nothing, rngs, sampler, **options)
 
 
@@ -197,8 +197,18 @@ def test_two_images_of_one_label_differ():
     assert np.any(result[0] != result[1])
 
 
-def test_any_loop_may_drive_the_step():
-    sampler, tokens, labels = SamplerConfig(num_steps=5), start_tokens(12, 7), jnp.arange(2)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"order": "halton", "halton_roll": True, "remasking": "rescale"},
+        {"order": "random", "remasking": "cap", "remasking_choice": "confidence"},
+    ],
+    ids=["default", "halton", "random"],
+)
+def test_any_loop_may_drive_the_step(changes):
+    sampler = SamplerConfig(num_steps=5, remasking_strength=0.5, **changes)
+    tokens, labels = start_tokens(12, 7), jnp.arange(2)
     fused, trace = decode(tokens, sampler)
     counts = sampler.reveal_counts(jnp.sum(tokens == MASK, axis=1), LENGTH)
     step = masked.make_step(
@@ -210,6 +220,7 @@ def test_any_loop_may_drive_the_step():
         counts,
         sampler,
         mask_token_id=MASK,
+        grid_size=(3, 4),
     )
     step, state = jax.jit(step), masked.start_state(tokens)
     for i in range(5):
