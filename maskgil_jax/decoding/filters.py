@@ -34,5 +34,8 @@ def keep_top_p(logits: Float[Array, "b l k"], top_p: float) -> Float[Array, "b l
     falling = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
+    # A tiny top_p is 0 in float32; the most likely code stays all the same.
+    first = jnp.arange(logits.shape[-1]) == 0
+    stays = (before < top_p) | first[None, None]
+    least = jnp.min(jnp.where(stays, falling, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)

@@ -28,8 +28,8 @@ def guidance_scales(
     """Return the guidance scale of every step, float32 [num_steps].
 
     constant: s. linear: 1 + (s - 1)·i/(T-1). power_cosine: 1 + (s - 1)·(1 - cos(pi·((i+1)/T)^p))/2.
-    The last step always has s, so a single step is fully guided. Outside the interval the scale is
-    1: step i of T is inside if first ≤ i/T < second.
+    The last step has s, so a single step is fully guided. Outside the interval the scale is 1: step
+    i of T is inside if first ≤ i/T < second.
 
     Raises:
         ValueError: if the schedule is unknown, or a number out of range.
@@ -52,6 +52,11 @@ def guidance_scales(
         "power_cosine": (1 - np.cos(np.pi * ((step + 1) / num_steps) ** power)) / 2,
     }[schedule]
     inside = (start <= step / num_steps) & (step / num_steps < stop)
+    if not inside.any():
+        raise ValueError(
+            f"guidance from {start} to {stop} contains none of {num_steps} steps, which lie at i/"
+            f"{num_steps}; widen the interval, or set guidance_scale 1"
+        )
     return np.where(inside, 1 + (scale - 1) * ramp, 1).astype(np.float32)
 
 

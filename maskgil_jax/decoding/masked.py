@@ -97,11 +97,13 @@ class SamplerConfig:
                 f"temperature {self.temperature} is too small to divide by; allowed: 0 (the most "
                 f"probable code) or at least {MIN_TEMPERATURE}"
             )
-        if self.temperature == 0 and self.temperature_annealing:
-            raise ValueError(
-                f"temperature_annealing {self.temperature_annealing} has no meaning at temperature "
-                "0, where no code is drawn; leave it at 0"
-            )
+        drawing = {"temperature_annealing": 0, "top_k": 0, "top_p": 1}
+        for name, unset in drawing.items():
+            if self.temperature == 0 and getattr(self, name) != unset:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no meaning at temperature 0, where no code "
+                    f"is drawn; leave it at {unset}"
+                )
 
     def guidance_scales(self) -> np.ndarray:
         """Return the guidance scale of every step, float32 [num_steps]."""

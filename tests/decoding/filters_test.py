@@ -147,3 +147,8 @@ def test_each_step_draws_at_its_temperature():
         assert len(revealed) == 100 * 100
         assert_codes_follow(revealed, expected_probabilities(temperature))
         before = after
+
+
+def test_the_most_likely_code_stays_however_small_top_p_is():
+    kept = np.isfinite(filters.keep_top_p(jnp.array([[[0.0, 1.0, 2.0]]]), 1e-40))
+    np.testing.assert_array_equal(kept, [[[False, False, True]]])

@@ -334,6 +334,8 @@ def test_more_steps_than_tokens_are_refused():
         ({"gumbel_temperature": float("inf")}, "gumbel_temperature inf is out of range"),
         ({"temperature_annealing": -0.5}, "temperature_annealing -0.5 is out of range"),
         ({"temperature": 0.0, "temperature_annealing": 0.8}, "annealing 0.8 has no meaning"),
+        ({"temperature": 0.0, "top_k": 5}, "top_k 5 has no meaning at temperature 0"),
+        ({"temperature": 0.0, "top_p": 0.5}, "top_p 0.5 has no meaning .* leave it at 1"),
         ({"top_k": -1}, "top_k -1 is out of range; allowed: 0 .all codes. or more"),
         ({"top_p": 0.0}, "top_p 0.0 is out of range; allowed: more than 0, up to 1"),
         ({"top_p": 1.5}, "top_p 1.5 is out of range"),
