@@ -59,6 +59,12 @@ def token_mask(
     return np.asarray(ndimage.binary_dilation(cells, structure=side, iterations=grow))
 
 
+def check_feather(feather: float) -> None:
+    """Raise a `ValueError` if the width of the transition is negative or not finite."""
+    if not (np.isfinite(feather) and feather >= 0):
+        raise ValueError(f"feather {feather} is out of range; allowed: 0 or more pixels")
+
+
 def composite(
     originals: UInt8[np.ndarray, "b H W c"],
     generated: UInt8[np.ndarray, "b H W c"],
@@ -73,8 +79,9 @@ def composite(
     Raises:
         ValueError: if `feather` is negative.
     """
-    if not (np.isfinite(feather) and feather >= 0):
-        raise ValueError(f"feather {feather} is out of range; allowed: 0 or more pixels")
+    check_feather(feather)
+    if not len(originals):
+        return originals
     share = np.stack([_shares(mask, feather) for mask in masks])[..., None]
     mixed = share * generated + (1 - share) * originals
     return np.rint(mixed).astype(np.uint8)
@@ -89,7 +96,7 @@ def _shares(mask: np.ndarray, feather: float) -> np.ndarray:
 
 def pad(
     images: UInt8[np.ndarray, "b H W c"], padding: tuple[int, int, int, int]
-) -> tuple[UInt8[np.ndarray, "b H W c"], Bool[np.ndarray, "b H W"]]:
+) -> tuple[UInt8[np.ndarray, "b H2 W2 c"], Bool[np.ndarray, "b H2 W2"]]:
     """Add pixels around images, and return masks that mark them.
 
     The new pixels repeat the edge, so that they do not disturb what the tokenizer sees of it.
@@ -119,10 +126,12 @@ def draw_kept(shape: tuple[int, int, int], keep: float, seed: int) -> Bool[np.nd
     Image i draws from (seed, i), whatever the number of images.
 
     Raises:
-        ValueError: if `keep` is not in [0, 1).
+        ValueError: if `keep` is not in [0, 1), or the seed not in 0…2³² - 1.
     """
     if not 0 <= keep < 1:
         raise ValueError(f"keep {keep} is out of range; allowed: 0 or more, less than 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is out of range; allowed: 0 to {2**32 - 1}")
     count, length = shape[0], shape[1] * shape[2]
     kept = np.zeros((count, length), bool)
     number = min(round(keep * length), length - 1)

@@ -214,6 +214,7 @@ class ImageGenerator:
                 mask marks nothing or leaves nothing.
         """
         editing.check_masks(images, masks)
+        editing.check_feather(feather)
         factor = self.tokenizer.spec.downsample_factor
         regions = editing.token_mask(masks, factor, grow)
         start = np.where(regions, self.model.config.mask_token_id, self.encode(images))
@@ -282,8 +283,14 @@ class ImageGenerator:
         """Turn codes into uint8 images, clipped, never rescaled."""
         return decode_images(self.tokenizer, tokens, batch_size=self.batch_size)
 
-    def sampler(self, **changes: Any) -> masked.SamplerConfig:
+    def sampler(
+        self, grid_size: tuple[int, int] | None = None, **changes: Any
+    ) -> masked.SamplerConfig:
         """Return the run's sampler settings with some changed.
+
+        Args:
+            grid_size: (gh, gw), whose tokens limit the number of steps; the trained one if `None`.
+            **changes: fields of `SamplerConfig`; `None` means no change.
 
         Raises:
             ValueError: if a name is unknown, with the nearest one, or a value is not allowed.
@@ -291,7 +298,11 @@ class ImageGenerator:
         known = [field.name for field in dataclasses.fields(masked.SamplerConfig)]
         for name in changes:
             check_choice("sampler setting", name, known)
-        return build.sampler_config(self.model.run, **changes)
+        run = self.model.run
+        if grid_size not in (None, self.model.config.grid_size):
+            run = run.copy_and_resolve_references()
+            run.model.grid_size = grid_size
+        return build.sampler_config(run, **changes)
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:
@@ -319,11 +330,13 @@ class ImageGenerator:
             if not isinstance(model, MaskGILConfig):
                 raise ValueError(f"a model of family {model.family!r} has no rotary positions")
             model = dataclasses.replace(model, rope_interpolation=True)
+        if start is not None:
+            grid_size = start.shape[1:]
         return generate(
             model,
             self._params,
             labels,
-            self.sampler(**sampler),
+            self.sampler(grid_size, **sampler),
             seed=seed,
             batch_size=self.batch_size,
             mesh=self.mesh,
@@ -335,7 +348,7 @@ class ImageGenerator:
 
 
 def mix_labels(
-    first: int, second: int, shares: Sequence[float], num_classes: int
+    first: int, second: int, shares: Sequence[float] | np.ndarray, num_classes: int
 ) -> Float[np.ndarray, "b n"]:
     """Return mixtures of two classes, to be given as labels: an interpolation of conditions.
 
@@ -569,7 +582,7 @@ def _check_start(
             f"{grid_size[1]} tokens need {(count, *grid_size)}"
         )
     loading.check_range("token", start, model.codebook_size + 1)
-    return start.reshape(count, -1).astype(np.int32)
+    return start.reshape(count, grid_size[0] * grid_size[1]).astype(np.int32)
 
 
 def padded_size(count: int, parts: int) -> int:

@@ -3,6 +3,7 @@
 import os
 
 import jaxtyping
+import pytest
 
 
 def pytest_configure(config):
@@ -17,3 +18,14 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Before the first import of the package, whose annotations the hook turns into checks.
     jaxtyping.install_import_hook("maskgil_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compile in half the time, to slower programs: for what does not depend on rounding."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,14 +1,32 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
 import maskgil_jax
+from maskgil_jax import generator as generator_lib
+
+quick = pytest.mark.usefixtures("quick_compilation")
+FAMILIES = ("maskgil", "bidirectional-transformer")
+LABELS = [0, 1, 0]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tiny.make_tokenizer_dir(tmp_path_factory.mktemp("tokenizer") / "vq")
+
+
+@pytest.fixture(scope="module")
+def generators(directory):
+    """One per family, on one device, four images at a time; their programs are compiled once."""
+    return {family: tiny.make_generator(directory, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def generator(generators):
+    return generators["maskgil"]
 
 
 def test_a_tokenizer_computes_in_the_type_asked_for(directory):
@@ -24,6 +42,7 @@ def test_a_tokenizer_computes_in_the_type_asked_for(directory):
         maskgil_jax.load_tokenizer(directory, dtype="float16")
 
 
+@quick
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_images_do_not_depend_on_the_batches(directory, batch_size):
     tokenizer = maskgil_jax.load_tokenizer(directory)
@@ -42,3 +61,156 @@ def test_wrong_tokens_are_refused_before_decoding(directory):
         maskgil_jax.decode_images(tokenizer, np.full((1, 4, 4), 32))
     with pytest.raises(ValueError, match="batch_size 0"):
         maskgil_jax.decode_images(tokenizer, np.zeros((1, 4, 4), int), batch_size=0)
+
+
+@quick
+def test_a_call_is_the_tokens_decoded(generator):
+    images, tokens = generator(LABELS, seed=3), generator.tokens(LABELS, seed=3)
+    assert (images.shape, images.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert (tokens.shape, tokens.min() >= 0, tokens.max() < 32) == ((3, 4, 4), True, True)
+    np.testing.assert_array_equal(images, generator.decode(tokens))
+    assert len({grid.tobytes() for grid in tokens}) == 3
+    assert (tokens != generator.tokens(LABELS, seed=4)).any()
+
+
+@pytest.mark.parametrize("family", ["maskgil", pytest.param(FAMILIES[1], marks=quick)])
+def test_fused_traced_and_host_driven_loops_agree(generators, family):
+    generator, seen = generators[family], []
+    # Five labels: a whole batch and a padded one.
+    labels = [0, 1, 2, 1, 0]
+    fused = generator.tokens(labels, num_steps=3)
+    traced = generator(labels, num_steps=3, return_trace=True)
+    driven = generator(
+        labels, num_steps=3, callback=lambda *step: seen.append(step), return_trace=True
+    )
+    for made in (traced, driven):
+        np.testing.assert_array_equal(made.tokens, fused)
+        np.testing.assert_array_equal(made.trace, traced.trace)
+        np.testing.assert_array_equal(made.images, traced.images)
+    assert traced.trace.shape == (3, 5, 4, 4)
+    np.testing.assert_array_equal(traced.trace[-1], fused)
+    left = (traced.trace == 32).sum((2, 3))
+    assert (np.diff(left, axis=0) < 0).all()
+    assert left[0].max() < 16
+    assert [step for step, _ in seen] == [0, 1, 2, 0, 1, 2]
+    first, second = np.stack([grid for _, grid in seen[:3]]), np.stack([g for _, g in seen[3:]])
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=1), traced.trace)
+
+
+@quick
+def test_a_callback_that_raises_ends_the_generation(generator):
+    steps = []
+
+    def stop(step, tokens):
+        steps.append(step)
+        if step == 1:
+            raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"):
+        generator(LABELS, num_steps=3, callback=stop)
+    assert steps == [0, 1]
+
+
+@quick
+def test_an_image_does_not_depend_on_the_others_the_batches_or_the_devices(generator, directory):
+    labels = [0, 1, 2, 1, 0, 0, 1, 1, 2, 0]
+    ten = generator.tokens(labels)
+    np.testing.assert_array_equal(generator.tokens(labels[:9]), ten[:9])
+    together = tiny.make_generator(directory, devices=4, batch_size=64)
+    np.testing.assert_array_equal(together.tokens(labels), ten)
+    # Equal labels: nothing but its place tells one image from another.
+    assert len({grid.tobytes() for grid in generator.tokens([1] * 4)}) == 4
+
+
+@quick
+def test_no_labels_give_no_images(generator):
+    made = generator([], return_trace=True)
+    assert made.images.shape == (0, 16, 16, 3)
+    assert (made.tokens.shape, made.trace.shape) == ((0, 4, 4), (2, 0, 4, 4))
+
+
+@quick
+def test_settings_are_the_runs_unless_changed(generator):
+    assert generator.sampler() == generator.sampler(num_steps=None)
+    assert generator.sampler().num_steps == 2
+    changed = generator.sampler(num_steps=3, order="halton", top_k=5)
+    assert (changed.num_steps, changed.order, changed.top_k) == (3, "halton", 5)
+    assert changed.schedule == generator.sampler().schedule
+    greedy = dict(temperature=0.0, gumbel_temperature=0.0)
+    first, second = generator.tokens(LABELS, **greedy), generator.tokens(LABELS, seed=9, **greedy)
+    np.testing.assert_array_equal(first, second)
+    assert (first != generator.tokens(LABELS)).any()
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [
+        (dict(labels=[0], num_step=3), "'num_step' is unknown.*Did you mean 'num_steps'"),
+        (dict(labels=[0], order="haltom"), "order 'haltom' is unknown.*Did you mean 'halton'"),
+        (dict(labels=[0], num_steps=17), "num_steps 17 is out of range; allowed: 1 to 16"),
+        (dict(labels=[0], top_p=0.0), "top_p 0.0 is out of range"),
+        (dict(labels=[0], guidance_scale=-1.0), "guidance_scale -1.0 is out of range"),
+        (dict(labels=[3]), "label 3 is out of range; allowed: 0 to 2"),
+        (dict(labels=[-1]), "label -1 is out of range"),
+        (dict(labels=np.array([0.5])), "labels have type float64; give integers 0 to 2"),
+        (dict(labels=np.zeros((1, 1, 1), int)), r"labels have shape \(1, 1, 1\)"),
+        (dict(labels=[0], seed=-1), "seed -1 is out of range"),
+        (dict(labels=[0], seed=2**32), "seed 4294967296 is out of range; allowed: 0 to 4294967295"),
+        (dict(labels=[0], size=(16, 18)), "image width 18 is not a multiple.* 4; .* to 16"),
+        (dict(labels=[0], size=(0, 16)), "image height 0 is not a multiple"),
+    ],
+)
+def test_bad_requests_are_refused(generator, request_, match):
+    with pytest.raises(ValueError, match=match):
+        generator(**request_)
+
+
+def test_a_generator_needs_the_tokenizer_of_its_model(generator):
+    model = generator.model
+    other = dataclasses.replace(model.config, codebook_size=31)
+    with pytest.raises(ValueError, match="predicts 31 codes, but the tokenizer has 32"):
+        maskgil_jax.ImageGenerator(
+            dataclasses.replace(model, config=other), generator.tokenizer, batch_size=1
+        )
+    with pytest.raises(ValueError, match="batch_size 0"):
+        maskgil_jax.ImageGenerator(model, generator.tokenizer, batch_size=0)
+
+
+@quick
+def test_size_asks_for_another_grid(generator):
+    made = generator(LABELS, size=(8, 24), num_steps=2, return_trace=True)
+    assert (made.tokens.shape, made.images.shape) == ((3, 2, 6), (3, 8, 24, 3))
+    assert made.tokens.max() < 32
+    # More steps than the trained grid has tokens, but not more than this one.
+    assert generator.sampler((4, 6), num_steps=24).num_steps == 24
+    with pytest.raises(ValueError, match=r"num_steps 13 is out of range.* 12, .* a 2×6 grid"):
+        generator(LABELS, size=(8, 24), num_steps=13)
+
+
+def test_learned_positions_serve_the_trained_size_only(generators):
+    with pytest.raises(ValueError, match="4×6 tokens has no learned positions.*serves 4×4"):
+        generators["bidirectional-transformer"](LABELS, size=(16, 24))
+
+
+@quick
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_of_one_class_is_the_class(generators, family):
+    pure = np.eye(3, dtype=np.float32)[[0, 1, 2]]
+    generator = generators[family]
+    np.testing.assert_array_equal(generator.tokens(pure), generator.tokens([0, 1, 2]))
+
+
+def test_mixtures_lie_between_two_classes():
+    mixed = maskgil_jax.mix_labels(0, 2, np.array([0, 0.25, 1]), num_classes=2)
+    np.testing.assert_array_equal(mixed, [[1, 0, 0], [0.75, 0, 0.25], [0, 0, 1]])
+    assert mixed.dtype == np.float32
+    with pytest.raises(ValueError, match="label 3 is out of range; allowed: 0 to 2"):
+        maskgil_jax.mix_labels(0, 3, [0.5], num_classes=2)
+
+
+@pytest.mark.parametrize(
+    "mixture", [[[0.5, 0.4, 0.0]], [[0.5, 0.5]], [[0.2] * 5], [[np.nan, 0.5, 0.5]], [[np.inf] * 3]]
+)
+def test_wrong_mixtures_are_refused(mixture):
+    with pytest.raises(ValueError, match=r"give \[b, 3\].* rows that sum to 1"):
+        generator_lib.check_labels(np.array(mixture), 2)

@@ -75,6 +75,33 @@ def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def make_generator(tokenizer: pathlib.Path, family: str = "maskgil", devices: int = 1, **options):
+    """Return a generator of 16×16 pictures whose model has random weights, the head's too."""
+    import jax
+    from flax import linen as nn
+
+    from maskgil_jax import generator, loading, sharding
+    from maskgil_jax.build import models as build
+
+    config = get_config()
+    config.model.family = family
+    model = build.model_config(config)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return (centre + 0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    shapes = nn.unbox(jax.eval_shape(build.init_model(model), jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    return generator.ImageGenerator(
+        loading.Model(config=model, params=params, run=config),
+        loading.load_tokenizer(tokenizer),
+        mesh=sharding.make_mesh({"data": -1}, jax.devices()[:devices]),
+        **{"batch_size": 4} | options,
+    )
+
+
 def make_image_folder(path: pathlib.Path, count: int = 10) -> pathlib.Path:
     """Write `train/<class>/<i>.png`, two classes of `count` noisy pictures."""
     rng = np.random.default_rng(0)

@@ -40,7 +40,7 @@ class Embedding(nn.Module):
 
 
 def embed_labels(
-    table: Float[Array, "n e"], labels: Labels, first: int = 0
+    table: Float[Array, "rows e"], labels: Labels, first: int = 0
 ) -> Float[Array, "b 1 e"]:
     """Return one vector per image: the label's row, or a weighted sum of all labels' rows."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
