@@ -22,7 +22,7 @@ from maskgil_jax.decoding import masked
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
-from maskgil_jax.pictures import to_float, to_uint8
+from maskgil_jax.pictures import grey_out, to_float, to_uint8
 from maskgil_jax.tokenizers.base import Tokenizer, check_tokens
 
 # `(step, tokens [b gh gw])`, after every step; masked tokens hold the mask token.
@@ -282,6 +282,28 @@ class ImageGenerator:
     def decode(self, tokens: Int[np.ndarray, "b gh gw"]) -> UInt8[np.ndarray, "b H W c"]:
         """Turn codes into uint8 images, clipped, never rescaled."""
         return decode_images(self.tokenizer, tokens, batch_size=self.batch_size)
+
+    def show_steps(self, trace: Int[np.ndarray, "t b gh gw"]) -> UInt8[np.ndarray, "t b H W c"]:
+        """Return pictures of the tokens after every step, with flat grey where they are masked.
+
+        A masked token is decoded as what it is at the end of the trace (code 0 if it is masked
+        there too), and its pixels are covered: a tokenizer's pixels depend on neighbouring codes,
+        so this shows the decided ones as they will look.
+
+        Args:
+            trace: of a `Generation`; or tokens that a callback was given, [None] in front.
+
+        Raises:
+            ValueError: if a token is out of range, or there is no step.
+        """
+        trace, mask = np.asarray(trace), self.model.config.mask_token_id
+        if trace.ndim != 4 or not len(trace):
+            raise ValueError(f"the trace has shape {trace.shape}; give [t b gh gw], t at least 1")
+        loading.check_range("token", trace, mask + 1)
+        last = np.where(trace[-1] == mask, 0, trace[-1])
+        whole = np.where(trace == mask, last, trace)
+        images = self.decode(whole.reshape(-1, *trace.shape[2:]))
+        return grey_out(images.reshape(*trace.shape[:2], *images.shape[1:]), trace == mask)
 
     def sampler(
         self, grid_size: tuple[int, int] | None = None, **changes: Any

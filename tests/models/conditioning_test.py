@@ -38,12 +38,12 @@ def random_params(config):
 
 
 def test_a_mixture_is_the_weighted_sum_of_the_rows():
-    table = jnp.asarray(np.random.default_rng(0).normal(size=(9, 4)), jnp.float32)
+    table = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     weights = np.array([[1, 0, 0], [0.25, 0.75, 0], [0.2, 0.3, 0.5]], np.float32)
-    found = np.asarray(embed_labels(table, weights, first=5))
+    found = np.asarray(embed_labels(jnp.asarray(table), weights, first=5))
     assert found.shape == (3, 1, 4)
     np.testing.assert_allclose(found[:, 0], weights @ table[5:8], atol=1e-6)
-    rows = np.asarray(embed_labels(table, np.array([2, 0], np.int8), first=5))
+    rows = np.asarray(embed_labels(jnp.asarray(table), np.array([2, 0], np.int8), first=5))
     np.testing.assert_array_equal(rows[:, 0], table[[7, 5]])
 
 
