@@ -22,8 +22,8 @@ from maskgil_jax.decoding import masked
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
-from maskgil_jax.pictures import grey_out, to_float, to_uint8
-from maskgil_jax.tokenizers.base import Tokenizer, check_tokens
+from maskgil_jax.pictures import grey_out, quantize, to_float, to_uint8
+from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, check_tokens
 
 # `(step, tokens [b gh gw])`, after every step; masked tokens hold the mask token.
 Callback = Callable[[int, np.ndarray], None]
@@ -492,13 +492,56 @@ def _make_binder(
     def bind(params, start, labels):
         labels = jax.lax.with_sharding_constraint(labels, rows)
         start = jax.lax.with_sharding_constraint(start, rows)
-        if labels.ndim == 2:
-            null_labels = jnp.zeros_like(labels).at[:, -1].set(1)
-        else:
-            null_labels = jnp.full_like(labels, model.null_label)
-        return functools.partial(logits_fn, params), start, labels, null_labels
+        return functools.partial(logits_fn, params), start, labels, _null_labels(model, labels)
 
     return bind
+
+
+def _null_labels(model: TokenModelConfig, labels: jax.Array) -> jax.Array:
+    if labels.ndim == 2:
+        return jnp.zeros_like(labels).at[:, -1].set(1)
+    return jnp.full_like(labels, model.null_label)
+
+
+def make_image_fn(
+    model: TokenModelConfig,
+    tokenizer: TokenizerConfig,
+    sampler: masked.SamplerConfig,
+    grid_size: tuple[int, int] | None = None,
+) -> Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return labels to pixels as one pure function, to be jitted or exported as one program.
+
+    Args:
+        model: architecture of the model.
+        tokenizer: architecture of the tokenizer.
+        sampler: settings of the decoder.
+        grid_size: (gh, gw); the configured one if `None`.
+
+    Returns:
+        `(params, tokenizer_params, labels [b], rngs [b]) → (images, finite)`. Of the tokenizer's
+        parameters those of its decoder suffice. The images are uint8 [b H W c], those of
+        `decode_images`; `finite` [b] is false where pixels were NaN or infinite, which it refuses.
+    """
+    logits_fn = build.logits_fn(model, grid_size)
+    gh, gw = grid_size or model.grid_size
+    decoder: Any = tokenizer.make_module()
+
+    def run(params, tokenizer_params, labels, rngs):
+        tokens, _ = masked.decode(
+            functools.partial(logits_fn, params),
+            jnp.full((labels.shape[0], gh * gw), model.mask_token_id, jnp.int32),
+            labels,
+            _null_labels(model, labels),
+            rngs,
+            sampler,
+            mask_token_id=model.mask_token_id,
+            grid_size=(gh, gw),
+        )
+        codes = tokens.reshape(-1, gh, gw)
+        pixels = decoder.apply({"params": tokenizer_params}, codes, method="decode")
+        return quantize(pixels), jnp.all(jnp.isfinite(pixels), axis=(1, 2, 3))
+
+    return run
 
 
 def generate(

@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt8
@@ -40,6 +41,17 @@ def to_uint8(images: Array | np.ndarray) -> UInt8[np.ndarray, "..."]:
         bad = images.size - np.isfinite(images).sum()
         raise ValueError(f"{bad} of {images.size} pixel values are NaN or infinite")
     return np.clip(np.rint(images * 127.5 + 127.5), 0, 255).astype(np.uint8)
+
+
+def quantize(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    """Turn floats in [-1, 1] into the pixels of `to_uint8` inside a compiled program.
+
+    There values cannot be read: what is NaN or infinite is the caller's to refuse.
+    """
+    # Clipped before the shift, not after it: else a compiler may make one operation of product and
+    # sum, which rounds once and not twice, and takes another grey level now and then.
+    scaled = jnp.clip(images.astype(jnp.float32) * 127.5, -127.5, 127.5)
+    return jnp.rint(scaled + 127.5).astype(jnp.uint8)
 
 
 def to_float(images: np.ndarray) -> Float[np.ndarray, "..."]:

@@ -1,5 +1,6 @@
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from maskgil_jax.pictures import (
     grey_out,
     heat_map,
     make_grid,
+    quantize,
     save_gif,
     save_png,
     to_uint8,
@@ -34,6 +36,18 @@ def test_pixels_survive_the_way_to_floats_and_back():
 
 def test_device_arrays_of_any_float_are_taken():
     assert to_uint8(jnp.array([[-1.0, 1.0]], jnp.bfloat16)).tolist() == [[0, 255]]
+
+
+def test_compiled_programs_round_to_the_same_pixels():
+    # Next to where a grey level begins, the order of roundings decides.
+    levels = ((np.arange(256) - 128.0) / 127.5).astype(np.float32)
+    edges = [np.nextafter(levels, np.float32(side)) for side in (-9, 9)]
+    drawn = np.random.default_rng(0).uniform(-1.5, 1.5, 100_000).astype(np.float32)
+    values = np.concatenate([levels, *edges, drawn])
+    pixels = np.asarray(jax.jit(quantize)(values))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, to_uint8(values))
+    assert quantize(jnp.array([-1, 1], jnp.bfloat16)).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize(

@@ -166,13 +166,15 @@ jax.tree_util.register_dataclass(State, ["tokens", "log_prob"], [])
 jax.tree_util.register_dataclass(Trace, ["tokens", "scales"], [])
 
 
-def image_keys(seed: int, image_indices: Any) -> jax.Array:
+def image_keys(seed: int | Array, image_indices: Any) -> jax.Array:
     """Return one key per image, `fold_in(seed, image_index)`, whatever the batch it is drawn in.
+
+    Under `jax.jit` the seed cannot be read, and its range is the caller's to check.
 
     Raises:
         ValueError: if the seed is not in 0…2³² - 1.
     """
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is out of range; allowed: 0 to {2**32 - 1}")
     root = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.asarray(image_indices))
