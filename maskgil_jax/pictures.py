@@ -19,7 +19,7 @@ BACKGROUND = 255
 # Of cells that hold no code yet, and, in a heat map, of those that were known from the start.
 UNDECIDED = 128
 # Colours from early to late, evenly spaced; between them colours are mixed. Lightness rises in
-# almost even steps (CIE L* 12, 32, 51, 70, 91), so the order survives without colour too.
+# almost even steps (CIE L* 11, 34, 53, 71, 91), so the order survives without colour too.
 RAMP = ((32, 18, 77), (130, 40, 129), (215, 81, 88), (246, 150, 62), (252, 230, 150))
 # What the GIF format can say, in hundredths of a second; browsers slow down what is faster.
 _MIN_DELAY, _MAX_DELAY = 2, 65535
