@@ -130,6 +130,7 @@ class ImageGenerator:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
+        first_index: int = 0,
         callback: Callback | None = None,
         return_trace: bool = False,
         **sampler: Any,
@@ -143,6 +144,7 @@ class ImageGenerator:
             size: (H, W) in pixels, multiples of the tokenizer's factor; the trained one if `None`.
             rope_interpolation: whether another size is spread over the trained positions, instead
                 of reaching beyond them.
+            first_index: number of the first image, where a call makes part of a longer list.
             callback: called with `(step, tokens [b gh gw])` after every step of every batch; the
                 loop then runs on the host, with the same result, and ends if the callback raises.
             return_trace: whether to return a `Generation` with the tokens of every step.
@@ -159,6 +161,7 @@ class ImageGenerator:
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
             seed=seed,
+            first_index=first_index,
             callback=callback,
             return_trace=return_trace,
             **sampler,
@@ -277,7 +280,8 @@ class ImageGenerator:
         Raises:
             ValueError: if a side is no multiple of the tokenizer's factor, or the channels differ.
         """
-        return np.asarray(self.tokenizer.encode(to_float(images), batch_size=self.batch_size))
+        size = padded_size(max(1, min(self.batch_size, len(images))), 1)
+        return np.asarray(self.tokenizer.encode(to_float(images), batch_size=size))
 
     def decode(self, tokens: Int[np.ndarray, "b gh gw"]) -> UInt8[np.ndarray, "b H W c"]:
         """Turn codes into uint8 images, clipped, never rescaled."""
@@ -343,6 +347,7 @@ class ImageGenerator:
         grid_size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
         seed: int = 0,
+        first_index: int = 0,
         callback: Callback | None = None,
         return_trace: bool = False,
         **sampler: Any,
@@ -364,6 +369,7 @@ class ImageGenerator:
             mesh=self.mesh,
             start=start,
             grid_size=grid_size,
+            first_index=first_index,
             callback=callback,
             return_trace=return_trace,
         )
@@ -555,6 +561,7 @@ def generate(
     mesh: Mesh | None = None,
     start: Int[np.ndarray, "b gh gw"] | None = None,
     grid_size: tuple[int, int] | None = None,
+    first_index: int = 0,
     callback: Callback | None = None,
     return_trace: bool = False,
 ) -> tuple[Int[np.ndarray, "b gh gw"], Int[np.ndarray, "t b gh gw"] | None]:
@@ -575,6 +582,7 @@ def generate(
         mesh: devices to use; all of them if `None`.
         start: codes to keep and, where to generate, the mask token; nothing is known if `None`.
         grid_size: (gh, gw); that of `start`, else the configured one, if `None`.
+        first_index: number i of the first image, where this is part of a longer list.
         callback: called after every step of every batch, which then runs step by step.
         return_trace: whether to return the tokens after every step too.
 
@@ -582,11 +590,13 @@ def generate(
         the codes, and the trace or `None`.
 
     Raises:
-        ValueError: if a label or the seed is out of range, the batch size is not positive, or
-            `start` does not fit the labels or the model.
+        ValueError: if a label, the seed or `first_index` is out of range, the batch size is not
+            positive, or `start` does not fit the labels or the model.
     """
     labels = check_labels(labels, model.num_classes)
     check_batch_size(batch_size)
+    if first_index < 0:
+        raise ValueError(f"first_index {first_index} is out of range; allowed: 0 or more")
     grid_size = tuple(grid_size or (model.grid_size if start is None else start.shape[1:]))
     start = _check_start(model, start, len(labels), grid_size)
     mesh = mesh or sharding.make_mesh({"data": -1})
@@ -598,7 +608,7 @@ def generate(
             np.pad(x[first : first + count], [(0, size - count)] + [(0, 0)] * (x.ndim - 1), "edge")
             for x in (start, labels)
         ]
-        rngs = masked.image_keys(seed, np.arange(first, first + size))
+        rngs = masked.image_keys(seed, first_index + np.arange(first, first + size))
         with jax.set_mesh(mesh):
             if callback is None:
                 run = make_generate_fn(model, sampler, mesh, grid_size, return_trace)

@@ -6,6 +6,8 @@ or an asset of the package.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -20,7 +22,7 @@ from ml_collections import ConfigDict
 from maskgil_jax import checkpoints, config, workdir
 from maskgil_jax.build import models as build
 from maskgil_jax.models.base import TokenModelConfig
-from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.tokenizers.base import Tokenizer, update_digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,14 @@ class Model:
     config: TokenModelConfig
     params: Any = dataclasses.field(repr=False)
     run: ConfigDict = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of family, architecture and parameters."""
+        fields = [self.config.family, self.config.to_dict()]
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        update_digest(digest, self.params)
+        return digest.hexdigest()
 
     def logits(
         self,

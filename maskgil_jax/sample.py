@@ -1,40 +1,60 @@
 """Sample images: `python -m maskgil_jax.sample --workdir DIR --labels 3,1,4 --out grid.png`.
 
 `--out` says what is written: FILE.png a grid, FILE.npz the arrays `arr_0` (uint8, NHWC) and
-`labels`, anything else a new directory of PNGs, `000000_label3.png` and so on. Sampler flags that
-are not given keep the values of the run's configuration.
+`labels`, anything else a new directory of PNGs, `000000_label3.png` and so on. The last two are
+written chunk by chunk, and go on after a kill when the same command is started again. Sampler
+flags that are not given keep the values of the run's configuration.
+
+`--edit FILE` makes a picture's part anew (`--mask FILE`, white is generated), continues it beyond
+its edges (`--outpaint TOP,BOTTOM,LEFT,RIGHT`) or varies it (`--vary KEEP`).
 """
 
-import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
 
-from maskgil_jax import checkpoints, cli, generator, loading, masking, pictures
+from maskgil_jax import bulk, checkpoints, cli, compilation, loading, masking, pictures, sharding
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
+from maskgil_jax.generator import ImageGenerator, padded_size
+from maskgil_jax.photo_edit import Edit, read_edit
 from maskgil_jax.tokenizers.base import Tokenizer
-
-Writer = Callable[[np.ndarray, np.ndarray], None]
 
 MAX_ROW = 8
 
 _LABELS = flags.DEFINE_string(
     "labels", None, "Classes, such as 3,1,4; the number of classes means none. Default: every one."
 )
-_NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 1, "Images of each.", lower_bound=1)
+_NUM_PER_CLASS = flags.DEFINE_integer("num_per_class", 1, "Images of each.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "samples.png", "FILE.png, FILE.npz or a new directory.")
+_SIZE = flags.DEFINE_string("size", None, "HxW of the images in pixels. Default: as trained.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer to use instead of the run's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all images.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Directory that keeps what was compiled; empty for none. Default: $JAX_COMPILATION_CACHE_DIR, "
+    "else maskgil_jax in the user's cache directory.",
+)
+
+_EDIT = flags.DEFINE_string("edit", None, "Picture to edit; needs --labels.")
+_MASK = flags.DEFINE_string("mask", None, "Picture of its size, white where to generate.")
+_OUTPAINT = flags.DEFINE_string("outpaint", None, "Pixels to add: TOP,BOTTOM,LEFT,RIGHT.")
+_VARY = flags.DEFINE_float("vary", None, "Share of the tokens to keep; the others are drawn anew.")
+_GROW = flags.DEFINE_integer("grow", None, "Widen the generated part by as many tokens.")
+_FEATHER = flags.DEFINE_float("feather", None, "Pixels of transition around the mask.")
 
 _SAMPLER = [
     flags.DEFINE_integer("num_steps", None, "Decoding steps, 1 to the number of tokens."),
@@ -65,7 +85,9 @@ def sample(
     out: os.PathLike | str,
     *,
     labels: Sequence[int] | None = None,
-    num_per_label: int = 1,
+    num_per_class: int = 1,
+    size: tuple[int, int] | None = None,
+    edit: Edit | None = None,
     tokenizer: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -77,39 +99,139 @@ def sample(
         workdir: directory of a training run, or a model directory.
         out: FILE.png, FILE.npz or a directory that is new or empty.
         labels: classes in the order of the images; every class once if `None`.
-        num_per_label: images of each of them.
+        num_per_class: images of each of them.
+        size: height and width in pixels; as trained if `None`.
+        edit: picture to start from, and what to do with it.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
         seed: seed of all images.
         batch_size: images at a time; it does not change them (float32).
         **sampler: fields of `SamplerConfig` that differ from the run's; `None` means no change.
 
     Raises:
-        ValueError: if a setting or label is not allowed, or tokenizer and model do not fit.
+        ValueError: if a setting or label is not allowed, tokenizer and model do not fit, or `out`
+            was begun with other settings.
         FileNotFoundError: if there is no model, or no checkpoint of it yet.
         FileExistsError: if `out` is a directory that holds something.
     """
-    with open_writer(out, columns=num_per_label if num_per_label > 1 else None) as write:
-        model = loading.load_model(workdir)
-        config = build.sampler_config(model.run, **sampler)
-        vq = open_tokenizer(model, workdir, tokenizer)
-        classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
-        loading.check_range("label", classes, model.config.num_classes + 1)
-        classes = np.repeat(classes.astype(np.int32), num_per_label)
-        began = time.monotonic()
-        tokens = generator.generate_tokens(
-            model.config, model.params, classes, config, seed=seed, batch_size=batch_size
+    path, is_grid = pathlib.Path(out), check_out(out)
+    if edit is not None and size is not None:
+        raise ValueError("--size and --edit exclude each other: the picture has a size")
+    if edit is not None and labels is None:
+        raise ValueError("--edit needs --labels, the classes of the results")
+    model = loading.load_model(workdir)
+    vq = open_tokenizer(model, workdir, tokenizer)
+    generator = ImageGenerator(model, vq, batch_size=batch_size)
+    config = generator.sampler(**sampler)
+    classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
+    loading.check_range("label", classes, model.config.num_classes + 1)
+    image_labels = np.repeat(classes.astype(np.int32), num_per_class)
+    height, width = find_size(generator, size, edit)
+    began, kept = time.monotonic(), 0
+    if edit is None:
+        shards = sharding.batch_shards(generator.mesh)
+        chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
+        fixed = {"seed": seed, "size": (height, width), **sampler}
+        make = functools.partial(_generate, generator, chunk_size, fixed)
+    else:
+        chunk_size = len(image_labels)
+        make = functools.partial(_edit, generator, edit, {"seed": seed, **sampler})
+    if is_grid:
+        images = make(0, image_labels)
+        _write_grid(path, images, num_per_class, bare=edit is not None)
+    else:
+        settings = {
+            "model": model.fingerprint,
+            "tokenizer": vq.fingerprint,
+            "tokenizer_dtype": vq.config.to_dict()["dtype"],
+            "labels": classes.tolist(),
+            "num_per_class": num_per_class,
+            "size": [height, width],
+            "edit": edit.settings if edit else None,
+            "seed": seed,
+            "sampler": dataclasses.asdict(config),
+            "batch_size": batch_size,
+            "chunk_size": chunk_size,
+            "platform": jax.default_backend(),
+            "jax": jax.__version__,
+        }
+        job = bulk.Job(
+            out=path,
+            labels=image_labels,
+            image_shape=(height, width, vq.spec.image_channels),
+            chunk_size=chunk_size,
+            settings=settings,
         )
-        images = generator.decode_images(vq, tokens, batch_size=batch_size)
-        seconds = time.monotonic() - began
-        write(images, classes)
-    height, width = images.shape[1:3]
+        kept = bulk.write(job, make)
+    seconds, made = time.monotonic() - began, len(image_labels) - kept
     cli.say(
-        f"{out}: {len(images)} images of {height}×{width} pixels in {seconds:.1f} s, compilation "
-        f"included ({len(images) / seconds:.1f} images/s); {config.num_steps} steps, "
-        f"{config.schedule} {config.schedule_form}, {config.guidance_schedule} guidance "
-        f"{config.guidance_scale:g}, temperature {config.temperature:g}, "
-        f"Gumbel {config.gumbel_temperature:g}, seed {seed}"
+        f"{out}: {len(image_labels)} images of {height}×{width} pixels in {seconds:.1f} s, "
+        f"compilation included ({made / seconds:.1f} images/s)"
+        + (f", {kept} of them kept from an earlier start" if kept else "")
+        + f"; {config.num_steps} steps, {config.schedule} {config.schedule_form}, "
+        f"{config.guidance_schedule} guidance {config.guidance_scale:g}, "
+        f"temperature {config.temperature:g}, Gumbel {config.gumbel_temperature:g}, seed {seed}"
     )
+
+
+def check_out(out: os.PathLike | str) -> bool:
+    """Return whether `out` names a grid, after refusing what could not be written.
+
+    Raises:
+        ValueError: if it ends in something else than .png, .npz or no suffix.
+        FileExistsError: if it is a directory that holds something.
+    """
+    path = pathlib.Path(out)
+    suffix = path.suffix.lower()
+    if suffix == ".png" and not path.is_dir():
+        return True
+    if suffix not in (".png", ".npz") and suffix[1:].isalpha() and not path.is_dir():
+        raise ValueError(f"--out {path} ends in {suffix}; allowed: .png, .npz, or a directory")
+    bulk.check_out(path)
+    return False
+
+
+def find_size(
+    generator: ImageGenerator, size: tuple[int, int] | None, edit: Edit | None
+) -> tuple[int, int]:
+    """Return height and width of the results in pixels.
+
+    Raises:
+        ValueError: if they are no multiples of the tokenizer's factor.
+    """
+    spec, (gh, gw) = generator.tokenizer.spec, generator.model.config.grid_size
+    trained = (gh * spec.downsample_factor, gw * spec.downsample_factor)
+    height, width = edit.size if edit is not None else size or trained
+    spec.grid_size(height, width)
+    return height, width
+
+
+def _generate(
+    generator: ImageGenerator,
+    chunk_size: int,
+    options: dict[str, Any],
+    first: int,
+    labels: np.ndarray,
+) -> np.ndarray:
+    # The last chunk is filled up, as the last batch of one call would be: same sums, same bits.
+    padding = max(0, chunk_size - len(labels)) if first else 0
+    padded = np.pad(labels, (0, padding), "edge")
+    return np.asarray(generator(padded, first_index=first, **options))[: len(labels)]
+
+
+def _edit(
+    generator: ImageGenerator, edit: Edit, options: dict[str, Any], _: int, labels: np.ndarray
+) -> np.ndarray:
+    return edit.apply(generator, labels, **options).images
+
+
+def _write_grid(path: pathlib.Path, images: np.ndarray, num_per_class: int, *, bare: bool) -> None:
+    if bare and len(images) == 1:
+        pictures.save_png(path, images[0])
+        return
+    columns = num_per_class if num_per_class > 1 else None
+    if columns is None and len(images) <= MAX_ROW:
+        columns = len(images)
+    pictures.save_png(path, pictures.make_grid(images, columns=columns))
 
 
 def open_tokenizer(model: loading.Model, workdir: os.PathLike | str, path: str | None) -> Tokenizer:
@@ -127,50 +249,6 @@ def open_tokenizer(model: loading.Model, workdir: os.PathLike | str, path: str |
     return tokenizer
 
 
-@contextlib.contextmanager
-def open_writer(out: os.PathLike | str, columns: int | None = None) -> Iterator[Writer]:
-    """Yield what writes uint8 images [b H W c] and labels [b]; refuse first what it could not.
-
-    Args:
-        out: FILE.png (replaced), FILE.npz (replaced) or a directory that is new or empty.
-        columns: of the grid in FILE.png; if `None`, one row of up to `MAX_ROW` images, or about as
-            many columns as rows.
-    """
-    path = pathlib.Path(out)
-    suffix = path.suffix.lower()
-    if path.is_dir() or not suffix[1:].isalpha():
-        with checkpoints.new_directory(path) as directory:
-            yield functools.partial(_write_each, directory)
-    elif suffix == ".png":
-        yield functools.partial(_write_grid, path, columns)
-    elif suffix == ".npz":
-        yield functools.partial(_write_arrays, path)
-    else:
-        raise ValueError(f"--out {path} ends in {suffix}; allowed: .png, .npz, or a directory")
-
-
-def _write_grid(path: pathlib.Path, columns: int | None, images: np.ndarray, _: np.ndarray) -> None:
-    if columns is None and len(images) <= MAX_ROW:
-        columns = len(images)
-    pictures.save_png(path, pictures.make_grid(images, columns=columns))
-
-
-def _write_each(directory: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        pictures.save_png(directory / f"{index:06}_label{label}.png", image)
-
-
-def _write_arrays(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, arr_0=images, labels=labels)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def parse_labels(text: str) -> list[int]:
     """Read classes separated by commas.
 
@@ -184,21 +262,63 @@ def parse_labels(text: str) -> list[int]:
     return [int(item) for item in items]
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Read HxW.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    if not (match := re.fullmatch(r"\s*([0-9]+)\s*[x×]\s*([0-9]+)\s*", text)):
+        raise ValueError(f"--size {text!r} is no size; write height and width in pixels: 256x384")
+    return int(match[1]), int(match[2])
+
+
+def parse_outpaint(text: str) -> tuple[int, int, int, int]:
+    """Read four numbers separated by commas.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    items = [item.strip() for item in text.split(",")]
+    if len(items) != 4 or not all(item.isdecimal() for item in items):
+        raise ValueError(
+            f"--outpaint {text!r}: write the pixels to add at TOP,BOTTOM,LEFT,RIGHT: 0,0,64,64"
+        )
+    top, bottom, left, right = map(int, items)
+    return top, bottom, left, right
+
+
+def run() -> None:
+    """Sample as the flags say."""
+    labels = None if _LABELS.value is None else parse_labels(_LABELS.value)
+    size = None if _SIZE.value is None else parse_size(_SIZE.value)
+    edit = read_edit(
+        _EDIT.value,
+        _MASK.value,
+        outpaint=None if _OUTPAINT.value is None else parse_outpaint(_OUTPAINT.value),
+        vary=_VARY.value,
+        grow=_GROW.value,
+        feather=_FEATHER.value,
+    )
+    compilation.use_cache(_CACHE.value)
+    sample(
+        cli.WORKDIR.value,
+        _OUT.value,
+        labels=labels,
+        num_per_class=_NUM_PER_CLASS.value,
+        size=size,
+        edit=edit,
+        tokenizer=_TOKENIZER.value,
+        seed=_SEED.value,
+        batch_size=_BATCH_SIZE.value,
+        **{flag.name: flag.value for flag in _SAMPLER},
+    )
+
+
 def main(argv: list[str]) -> None:
     """Read the flags and sample."""
     cli.start(argv)
-    cli.exit_on_user_error(
-        lambda: sample(
-            cli.WORKDIR.value,
-            _OUT.value,
-            labels=None if _LABELS.value is None else parse_labels(_LABELS.value),
-            num_per_label=_NUM_PER_LABEL.value,
-            tokenizer=_TOKENIZER.value,
-            seed=_SEED.value,
-            batch_size=_BATCH_SIZE.value,
-            **{flag.name: flag.value for flag in _SAMPLER},
-        )
-    )
+    cli.exit_on_user_error(run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from maskgil_jax import checkpoints, config
 
 RUN_CONFIG = "run.json"
-_LOCK = "lock"
+LOCK = "lock"
 
 # Fields that a resumed run may change: they touch neither the state nor what is learnt.
 _FREE = (
@@ -45,11 +45,11 @@ def claim_workdir(path: os.PathLike | str, run: ConfigDict) -> Iterator[pathlib.
     """
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with lock(path):
         file = path / RUN_CONFIG
         for leftover in path.glob(f".{RUN_CONFIG}.*"):  # of a run killed while it wrote the file
             leftover.unlink()
-        if not file.exists() and any(p.name != _LOCK for p in path.iterdir()):
+        if not file.exists() and any(p.name != LOCK for p in path.iterdir()):
             raise ValueError(f"{path} holds files but no {RUN_CONFIG}; choose an empty directory")
         if file.exists():
             _check_same(path, _read(file), run)
@@ -95,15 +95,24 @@ def _check_same(path: pathlib.Path, old: ConfigDict, new: ConfigDict) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    with open(path / _LOCK, "a+") as file:
+def lock(path: pathlib.Path, option: str = "--workdir") -> Iterator[None]:
+    """Hold a directory until the block ends, or the process, however it ends.
+
+    Args:
+        path: an existing directory, in which a file named `LOCK` appears.
+        option: what on the command line chooses another directory, for the message.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    with open(path / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
                 f"{path} is in use by {file.read().strip() or 'another process'}; wait for it to "
-                "end or choose another --workdir"
+                f"end or choose another {option}"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

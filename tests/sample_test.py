@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -14,10 +16,11 @@ from absl import flags
 from flax import linen as nn
 from PIL import Image
 
-from maskgil_jax import SamplerConfig, checkpoints, load_model
+from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model
 from maskgil_jax import config as schema
 from maskgil_jax.build import models as build
-from maskgil_jax.sample import parse_labels, sample
+from maskgil_jax.photo_edit import Edit
+from maskgil_jax.sample import parse_labels, parse_outpaint, parse_size, sample
 from maskgil_jax.workdir import claim_workdir
 from tools.export_weights import export_weights
 
@@ -97,6 +100,63 @@ def test_grid_arrays_and_single_pictures_show_the_same_images(run_dir, tmp_path)
     assert sorted(os.listdir(tmp_path / "a")) == ["x.npz", "x.png"]
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_chunks_are_the_images_of_one_call(run_dir, tmp_path, name):
+    sample(run_dir, tmp_path / name, num_per_class=5, seed=2, batch_size=4)
+    expected = ImageGenerator.from_checkpoint(run_dir, batch_size=4)([0] * 5 + [1] * 5, seed=2)
+    if name == "x.npz":
+        images, labels = read_npz(tmp_path / name)
+        assert labels.tolist() == [0] * 5 + [1] * 5
+    else:
+        images = np.stack([read_png(path) for path in sorted((tmp_path / name).iterdir())])
+    np.testing.assert_array_equal(images, expected)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_other_sizes_than_the_trained_one(run_dir, tmp_path, capsys):
+    sample(run_dir, tmp_path / "x.npz", size=(16, 24), batch_size=4)
+    assert "2 images of 16×24 pixels" in capsys.readouterr().out
+    images, _ = read_npz(tmp_path / "x.npz")
+    expected = ImageGenerator.from_checkpoint(run_dir, batch_size=4)([0, 1], size=(16, 24))
+    np.testing.assert_array_equal(images, expected)
+
+
+def make_edit(**fields):
+    photo = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
+    mask = np.zeros((16, 16), bool)
+    mask[:, 8:] = True
+    return Edit(photo=photo, **fields or {"mask": mask})
+
+
+def test_an_edit_keeps_what_is_not_marked(run_dir, tmp_path):
+    edit = make_edit()
+    sample(run_dir, tmp_path / "x.npz", edit=edit, labels=[0, 1], num_per_class=2)
+    images, labels = read_npz(tmp_path / "x.npz")
+    assert labels.tolist() == [0, 0, 1, 1]
+    np.testing.assert_array_equal(images[:, :, :8], edit.photo[None, :, :8].repeat(4, 0))
+    assert len({image.tobytes() for image in images}) == 4
+    sample(run_dir, tmp_path / "x.png", edit=edit, labels=[0])
+    assert read_png(tmp_path / "x.png").shape == (16, 16, 3)
+    soft = dataclasses.replace(edit, grow=1, feather=3.0)
+    sample(run_dir, tmp_path / "soft.npz", edit=soft, labels=[0, 1], num_per_class=2)
+    blended, _ = read_npz(tmp_path / "soft.npz")
+    np.testing.assert_array_equal(blended[:, :, :5], edit.photo[None, :, :5].repeat(4, 0))
+    assert (blended[:, :, 5:8] != images[:, :, 5:8]).any()
+
+
+def test_outpainting_and_variations(run_dir, tmp_path):
+    edit = make_edit(outpaint=(0, 0, 4, 4))
+    sample(run_dir, tmp_path / "wide.npz", edit=edit, labels=[1, 0], num_per_class=2)
+    images, _ = read_npz(tmp_path / "wide.npz")
+    np.testing.assert_array_equal(images[:, :, 4:20], edit.photo[None].repeat(4, 0))
+    edit = make_edit(vary=0.5)
+    sample(run_dir, tmp_path / "x.npz", edit=edit, labels=[1, 0], num_per_class=2, seed=5)
+    generator = ImageGenerator.from_checkpoint(run_dir)
+    photos = edit.photo[None].repeat(4, 0)
+    expected = generator.vary(photos, [1, 1, 0, 0], keep=0.5, seed=5).images
+    np.testing.assert_array_equal(read_npz(tmp_path / "x.npz")[0], expected)
+
+
 def test_settings_are_the_runs_unless_given(run_dir, tmp_path, capsys):
     sample(run_dir, tmp_path / "a.npz", labels=[0, 1], num_steps=None)
     assert "2 steps, arccos increments, linear guidance 2, temp" in capsys.readouterr().out
@@ -120,9 +180,9 @@ def test_settings_are_the_runs_unless_given(run_dir, tmp_path, capsys):
 
 
 def test_every_class_by_default_one_row_each(run_dir, tmp_path):
-    sample(run_dir, tmp_path / "x.npz", num_per_label=3)
+    sample(run_dir, tmp_path / "x.npz", num_per_class=3)
     assert read_npz(tmp_path / "x.npz")[1].tolist() == [0, 0, 0, 1, 1, 1]
-    sample(run_dir, tmp_path / "x.png", num_per_label=3)
+    sample(run_dir, tmp_path / "x.png", num_per_class=3)
     assert read_png(tmp_path / "x.png").shape == (2 * 18 + 2, 3 * 18 + 2, 3)
 
 
@@ -165,6 +225,14 @@ def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, mode
         ("x", {"labels": [2**32]}, "label 4294967296 is out of range"),
         ("x.png", {"temperature": -1.0}, "temperature -1.0 is out of range"),
         ("x.jpg", {}, r"ends in \.jpg; allowed: \.png, \.npz"),
+        ("x.npz", {"seed": 2**32}, "seed 4294967296 is out of range"),
+        ("x.npz", {"size": (16, 18)}, "width 18 is not a multiple .* for example to 16"),
+        ("x.npz", {"edit": make_edit(), "labels": [0], "size": (16, 16)}, "exclude each other"),
+        ("x.npz", {"edit": make_edit()}, "--edit needs --labels"),
+        ("x", {"edit": make_edit(outpaint=(1, 0, 0, 0)), "labels": [0]}, "height 17 is not a mult"),
+        ("x", {"edit": make_edit(outpaint=(0, 0, 0, 0)), "labels": [0]}, "padding .* out of range"),
+        ("x", {"edit": make_edit(vary=1.0), "labels": [0]}, r"keep 1\.0 is out of range"),
+        ("x", {"edit": make_edit(mask=np.ones((16, 16), bool)), "labels": [0]}, "the whole image"),
     ],
 )
 def test_bad_settings_are_refused_and_nothing_is_written(
@@ -212,15 +280,44 @@ def test_labels_are_numbers_between_commas():
             parse_labels(text)
 
 
-def run_command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "maskgil_jax.sample", *arguments],
-        env=tiny.environment(),
-        cwd=tiny.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_sizes_and_paddings_are_read():
+    assert parse_size(" 16x24 ") == parse_size("16×24") == (16, 24)
+    assert parse_outpaint("0, 4,8,12") == (0, 4, 8, 12)
+    for text in ("16", "16x", "16*24", "x", "-16x24", "1.5x2"):
+        with pytest.raises(ValueError, match="--size"):
+            parse_size(text)
+    for text in ("", "1,2,3", "1,2,3,-4", "a,b,c,d"):
+        with pytest.raises(ValueError, match="--outpaint"):
+            parse_outpaint(text)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The user's cache directory of the commands below."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(cache, run_dir):
+    """Starts a command: `command(*arguments)`."""
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "maskgil_jax.sample", f"--workdir={run_dir}", *arguments],
+            env=tiny.environment() | {"XDG_CACHE_HOME": str(cache)},
+            cwd=tiny.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process):
+    """Wait for a command; return its status, output and errors."""
+    out, errors = process.communicate(timeout=240)
+    return process.returncode, out, errors
 
 
 def test_every_setting_of_the_sampler_is_a_flag_and_in_the_configuration():
@@ -229,14 +326,43 @@ def test_every_setting_of_the_sampler_is_a_flag_and_in_the_configuration():
     assert fields == set(schema.default().sampler)
 
 
-def test_command_line(run_dir, tmp_path):
+def test_command_line(command, cache, tmp_path):
     out = tmp_path / "grid.png"
     flags = ["--labels=1,0", "--num_steps=4", "--guidance_scale=2", "--schedule=cosine", "--seed=0"]
-    done = run_command(f"--workdir={run_dir}", f"--out={out}", *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{out}: 2 images")
-    assert "4 steps, cosine" in done.stdout
+    status, said, errors = finish(command(f"--out={out}", *flags))
+    assert status == 0, errors
+    assert said.startswith(f"{out}: 2 images")
+    assert "4 steps, cosine" in said
     assert read_png(out).shape == (20, 2 * 18 + 2, 3)
-    failed = run_command(f"--workdir={run_dir}", f"--out={tmp_path / 'b.png'}", "--labels=1,x")
-    assert failed.returncode == 1
-    assert failed.stderr.strip() == "error: --labels '1,x': 'x' is no class; write numbers: 3,1,4"
+    assert list((cache / "maskgil_jax").glob("jit_run-*"))
+    status, _, errors = finish(command(f"--out={tmp_path / 'b.png'}", "--labels=1,x"))
+    assert status == 1
+    assert errors.strip() == "error: --labels '1,x': 'x' is no class; write numbers: 3,1,4"
+
+
+def test_a_broken_picture_is_one_line_and_nothing_is_written(command, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    out = tmp_path / "x.npz"
+    edit = [f"--edit={tmp_path / 'photo.png'}", "--labels=0", "--vary=0.5"]
+    status, said, errors = finish(command(f"--out={out}", *edit))
+    assert (status, said, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith(f"error: --edit {tmp_path / 'photo.png'}: ")
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
+def test_a_killed_command_goes_on_where_it_was(command, run_dir, tmp_path):
+    flags = ["--num_per_class=200", "--batch_size=4"]
+    process = command(f"--out={tmp_path / 'x.npz'}", *flags)
+    chunks = tmp_path / ".x.npz.work" / "chunks"
+    while process.poll() is None and not (chunks.is_dir() and len(os.listdir(chunks)) > 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (tmp_path / "x.npz").exists()
+    status, said, errors = finish(command(f"--out={tmp_path / 'x.npz'}", *flags))
+    assert status == 0, errors
+    assert "of them kept from an earlier start" in said
+    sample(run_dir, tmp_path / "whole.npz", num_per_class=200, batch_size=4)
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert len(read_npz(tmp_path / "x.npz")[0]) == 400
+    assert sorted(os.listdir(tmp_path)) == ["whole.npz", "x.npz"]

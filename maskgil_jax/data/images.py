@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maskgil_jax.data.errors import ImageReadError
 
@@ -27,18 +27,43 @@ _PILLOW_ERRORS = (
 Record = dict[str, np.ndarray]
 
 
-def decode_rgb(file: str | pathlib.Path | bytes) -> UInt8[np.ndarray, "H W 3"]:
+def decode_rgb(
+    file: str | pathlib.Path | bytes, *, upright: bool = False
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decode one image file, or its bytes, to RGB.
 
     Greyscale is repeated, 16-bit greyscale scaled down, CMYK converted, and transparency laid over
-    white. EXIF orientation is not applied: the reference statistics of ImageNet were made without.
+    white.
+
+    Args:
+      file: its path, or its bytes.
+      upright: whether to apply the EXIF orientation. Data sets are read without: the reference
+        statistics of ImageNet were made so.
 
     Raises:
       ImageReadError: the file is missing, truncated or no readable image.
     """
+    return np.asarray(_read(file, _to_rgb, upright))
+
+
+def decode_mask(file: str | pathlib.Path | bytes) -> Bool[np.ndarray, "H W"]:
+    """Decode a black and white picture, upright: true where its grey is 128 or more of 255.
+
+    Raises:
+      ImageReadError: the file is missing, truncated, no readable image, or partly transparent.
+    """
+    return np.asarray(_read(file, _to_grey, True)) >= 128
+
+
+def _read(
+    file: str | pathlib.Path | bytes, convert: Callable[[Image.Image], Image.Image], upright: bool
+) -> Image.Image:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return np.asarray(_to_rgb(image))
+            image.load()
+            return convert(ImageOps.exif_transpose(image) if upright else image)
+    except ImageReadError:
+        raise
     except _PILLOW_ERRORS as error:
         raise ImageReadError(_explain(error)) from error
 
@@ -107,8 +132,14 @@ def _explain(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def _to_grey(image: Image.Image) -> Image.Image:
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else 255
+    if np.min(np.asarray(alpha)) < 255:
+        raise ImageReadError("parts of the mask are transparent; save it in black and white")
+    return _to_rgb(image).convert("L")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
     if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

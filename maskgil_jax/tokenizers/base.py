@@ -162,12 +162,7 @@ class Tokenizer:
             if name not in _COMPUTATION and value != usual[name]
         }
         digest = hashlib.sha256(json.dumps([self.spec.family, fields], sort_keys=True).encode())
-        leaves, _ = jax.tree_util.tree_flatten_with_path(dict(self.params))
-        for path, leaf in leaves:
-            array = np.asarray(leaf)
-            name = "/".join(entry.key for entry in path)
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
+        update_digest(digest, self.params)
         return digest.hexdigest()
 
     def encode(
@@ -199,6 +194,16 @@ class Tokenizer:
         check_tokens(tokens, self.spec)
         function = functools.partial(_decode, self.module, self.params)
         return _in_batches(function, tokens, jnp.int32, batch_size)
+
+
+def update_digest(digest: Any, params: Mapping[str, Any]) -> None:
+    """Add names, types, shapes and values of all parameters to a `hashlib` digest."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(dict(params))
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        name = "/".join(entry.key for entry in path)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def check_images(images: Array | np.ndarray, spec: TokenizerSpec) -> None:

@@ -11,12 +11,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "maskgil_jax"
 
 COMMANDS = ("train", "sample", "evaluate", "app")
-FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"} | {"editing"}
+FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"}
+FOUNDATIONS |= {"editing", "compilation"}
 ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},
     **{name: set() for name in ("models", "tokenizers", "evals", "data", "text", "speech")},
     "workdir": {"checkpoints", "config"},
+    "bulk": {"pictures", "workdir", "checkpoints"},
+    "photo_edit": {"generator", "data"},
     "training": {"masking"},
     "decoding": {"masking"},
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints"},

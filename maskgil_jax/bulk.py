@@ -1,0 +1,351 @@
+"""Many images to disk: chunk by chunk, so that memory is bounded and a kill costs one chunk.
+
+The end of the generation path. Beside the output lies a working folder, `.NAME.work`, with the
+settings of the job and every finished chunk; the output appears whole, under its name, when the
+last chunk is there, and the working folder goes. Started again after a kill, a job keeps its
+chunks, and its output is the same to the last byte.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from maskgil_jax import pictures, workdir
+from maskgil_jax.checkpoints import write_text_atomically
+
+# (index of the first image, its and the next ones' labels [b]) → their pixels [b H W c].
+Make = Callable[[int, np.ndarray], UInt8[np.ndarray, "b H W c"]]
+
+PROGRESS_SECONDS = 5.0
+_SETTINGS = "settings.json"
+_CHUNKS = "chunks"
+# For headers, names and folders of the file system.
+_SPARE_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be written where.
+
+    Attributes:
+        out: FILE.npz (replaced; `arr_0` uint8 NHWC and `labels`, as ADM's evaluator reads it), or
+            a directory that is new or empty (PNG files, `000000_label3.png` and so on).
+        labels: one per image, int32 [b].
+        image_shape: (H, W, c).
+        chunk_size: images that are made, and held in memory, at a time.
+        settings: all that the images depend on, for JSON; a job is continued only under the same.
+    """
+
+    out: pathlib.Path
+    labels: Int[np.ndarray, " b"]
+    image_shape: tuple[int, int, int]
+    chunk_size: int
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not len(self.labels):
+            raise ValueError("there are no labels; give one or more")
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size {self.chunk_size} must be at least 1")
+
+    @property
+    def starts(self) -> range:
+        """Indices of the first images of all chunks."""
+        return range(0, len(self.labels), self.chunk_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all pixels."""
+        return len(self.labels) * int(np.prod(self.image_shape, dtype=np.int64))
+
+    @property
+    def work(self) -> pathlib.Path:
+        """The working folder."""
+        return self.out.with_name(f".{self.out.name}.work")
+
+    def chunk(self, first: int) -> slice:
+        """Return the images of the chunk that begins with `first`."""
+        return slice(first, min(first + self.chunk_size, len(self.labels)))
+
+
+class _Arrays:
+    """FILE.npz: a `.npy` file per chunk, joined in the end."""
+
+    def __init__(self, job: Job):
+        self._job, self._folder = job, job.work / _CHUNKS
+
+    def has(self, first: int) -> bool:
+        try:
+            stored = np.load(self._path(first), mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):  # cut off by a machine that went down
+            return False
+        return stored.shape == self._shape(first) and stored.dtype == np.uint8
+
+    def store(self, first: int, images: np.ndarray) -> None:
+        path = self._path(first)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            np.save(file, images)
+            _flush(file)
+        partial.replace(path)
+
+    def bytes_to_come(self, missing: int) -> int:
+        # The chunks stay until the file that is made of them is whole.
+        return self._job.num_bytes + missing
+
+    def finish(self) -> None:
+        job, partial = self._job, self._folder.parent / "joined.npz"
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+            "fortran_order": False,
+            "shape": (len(job.labels), *job.image_shape),
+        }
+        with open(partial, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for first in job.starts:
+                        member.write(np.load(self._path(first)).data)
+                with archive.open("labels.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(job.labels))
+            _flush(file)
+        partial.replace(job.out)
+        self._folder.rename(self._folder.with_name("done"))
+
+    def _path(self, first: int) -> pathlib.Path:
+        return self._folder / f"{first:09}.npy"
+
+    def _shape(self, first: int) -> tuple[int, ...]:
+        part = self._job.chunk(first)
+        return (part.stop - part.start, *self._job.image_shape)
+
+
+class _Folder:
+    """A directory of PNG files: the folder of chunks itself takes the output's name."""
+
+    def __init__(self, job: Job):
+        self._job, self._folder = job, job.work / _CHUNKS
+
+    @functools.cached_property
+    def _there(self) -> set[str]:
+        with os.scandir(self._folder) as entries:
+            return {entry.name for entry in entries if entry.stat().st_size}
+
+    def has(self, first: int) -> bool:
+        return self._names(first) <= self._there
+
+    def store(self, first: int, images: np.ndarray) -> None:
+        for index, image in enumerate(images, first):
+            pictures.save_png(self._folder / self._name(index), image)
+
+    def bytes_to_come(self, missing: int) -> int:
+        return missing  # at most: PNG compresses
+
+    def finish(self) -> None:
+        self._folder.replace(self._job.out)
+
+    def _name(self, index: int) -> str:
+        return f"{index:06}_label{self._job.labels[index]}.png"
+
+    def _names(self, first: int) -> set[str]:
+        part = self._job.chunk(first)
+        return {self._name(index) for index in range(part.start, part.stop)}
+
+
+def write(job: Job, make: Make) -> int:
+    """Write all images of a job, or what is missing of them; return how many were there already.
+
+    If `make` fails before a chunk is finished, nothing stays behind.
+
+    Raises:
+        ValueError: if the working folder is of a job with other settings (each is named), in use,
+            or no working folder.
+        FileExistsError: if the output is a directory that holds something.
+        OSError: if the disk has too little space; before anything is made.
+    """
+    with _hold(job) as finished:
+        if finished:
+            return len(job.labels)
+        form = _Arrays(job) if job.out.suffix.lower() == ".npz" else _Folder(job)
+        missing = [first for first in job.starts if not form.has(first)]
+        count = sum(job.chunk(first).stop - first for first in missing)
+        _check_space(job, form.bytes_to_come(job.num_bytes // len(job.labels) * count))
+        progress = _Progress(count)
+        for first in missing:
+            part = job.chunk(first)
+            images = make(first, job.labels[part])
+            assert images.shape == (part.stop - part.start, *job.image_shape)
+            form.store(first, images)
+            progress.add(len(images))
+        form.finish()
+    return len(job.labels) - count
+
+
+def check_out(out: os.PathLike | str) -> None:
+    """Refuse a directory that could not take the images, before anything is computed.
+
+    Raises:
+        FileExistsError: if it holds something that no interrupted job put there.
+    """
+    path = pathlib.Path(out)
+    work = path.with_name(f".{path.name}.work")
+    if path.suffix.lower() == ".npz":
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory; choose another --out")
+        return
+    is_finished = (work / _SETTINGS).exists() and not (work / _CHUNKS).exists()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not is_finished:
+        with contextlib.suppress(OSError):  # what a kill at the very end left: an empty folder
+            work.rmdir()
+        raise FileExistsError(f"{path} exists and is not empty; choose another --out or remove it")
+
+
+@contextlib.contextmanager
+def _hold(job: Job) -> Iterator[bool]:
+    """Make or reopen the working folder; yield whether the output is there already."""
+    check_out(job.out)
+    work, chunks, file = job.work, job.work / _CHUNKS, job.work / _SETTINGS
+    new_parents = [parent for parent in work.parents if not parent.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    with workdir.lock(work, "--out"):
+        _sweep(work)
+        names = {path.name for path in work.iterdir()} - {workdir.LOCK}
+        if names - {_CHUNKS} and _SETTINGS not in names:
+            raise ValueError(
+                f"{work} holds files but no {_SETTINGS}; remove it or choose another --out"
+            )
+        if _SETTINGS in names:
+            _check_same(work, _read(file), job.settings)
+        finished = _SETTINGS in names and _CHUNKS not in names and job.out.exists()
+        if not finished:
+            # In this order: settings without chunks say that the output took its place.
+            chunks.mkdir(exist_ok=True)
+            write_text_atomically(file, json.dumps(dict(job.settings), indent=1) + "\n")
+        try:
+            yield finished
+        finally:
+            if not chunks.exists() or not any(chunks.iterdir()):
+                _remove(work)
+                for parent in [] if job.out.exists() else new_parents:
+                    with contextlib.suppress(OSError):  # somebody else has put something there
+                        parent.rmdir()
+
+
+def _sweep(work: pathlib.Path) -> None:
+    """Remove what a killed job was writing."""
+    for pattern in ("joined.npz", f".{_SETTINGS}.*", f"{_CHUNKS}/*.partial"):
+        for path in work.glob(pattern):
+            path.unlink()
+
+
+def _remove(work: pathlib.Path) -> None:
+    """Remove a working folder, the settings last: without them it could not be told whose it is."""
+    for name in (_CHUNKS, "done"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    for name in (workdir.LOCK, _SETTINGS):
+        (work / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a network file system keeps a file that is open
+        work.rmdir()
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged; remove {file.parent} to begin anew") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings; remove {file.parent} to begin anew")
+    return settings
+
+
+def _check_same(work: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    there, here = _flatten(old), _flatten(json.loads(json.dumps(dict(new))))
+    differing = [
+        f"  {name}: {_shorten(there.get(name))} there, {_shorten(here.get(name))} now"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{work} holds a part of images made with other settings:\n"
+            + "\n".join(differing)
+            + "\nContinue with those settings, choose another --out, or remove that folder to "
+            "begin anew."
+        )
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_space(job: Job, needed: int) -> None:
+    free = shutil.disk_usage(job.work).free
+    if needed + _SPARE_BYTES > free:
+        raise OSError(
+            f"{job.out} may need {_in_bytes(needed)} more on a disk with {_in_bytes(free)} free; "
+            "make room, choose another disk for --out, or make fewer images"
+        )
+
+
+def _in_bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class _Progress:
+    """Says on stderr every few seconds how far it is, at the speed since the first chunk."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._first = total, 0, 0
+        self._said = time.monotonic()
+        self._began = self._said
+
+    def add(self, count: int) -> None:
+        """Count images that are stored."""
+        now = time.monotonic()
+        self._done += count
+        if self._first == 0:
+            self._first, self._began = self._done, now
+        if now - self._said < PROGRESS_SECONDS or self._done in (self._first, self._total):
+            return
+        self._said = now
+        rate = (self._done - self._first) / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / rate
+        print(
+            f"{self._done:,} of {self._total:,} images, {rate:.1f} images/s, {_in_time(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _in_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

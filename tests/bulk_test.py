@@ -1,0 +1,267 @@
+"""Bulk writing: what appears, what a kill leaves, what is refused."""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from maskgil_jax import bulk, workdir
+
+SHAPE = (4, 6, 3)
+LABELS = np.repeat(np.arange(5, dtype=np.int32), 2)
+SETTINGS = {"seed": 3, "sampler": {"num_steps": 8}, "labels": [0, 1, 2, 3, 4]}
+
+
+def make_images(first, labels):
+    """Stands for a generator: image i depends on i and its label."""
+    rng = [np.random.default_rng((first + i, int(label))) for i, label in enumerate(labels)]
+    return np.stack([one.integers(0, 256, SHAPE, np.uint8) for one in rng])
+
+
+def make_job(out, **changes):
+    fields = {"out": out, "labels": LABELS, "image_shape": SHAPE, "chunk_size": 4}
+    return bulk.Job(**fields | {"settings": SETTINGS} | changes)
+
+
+def contents(path):
+    """All files under a path, with their bytes."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def test_an_npz_is_what_numpy_would_write(tmp_path):
+    assert bulk.write(make_job(tmp_path / "new" / "x.npz"), make_images) == 0
+    images = make_images(0, LABELS)
+    with open(tmp_path / "numpy.npz", "wb") as file:
+        np.savez(file, arr_0=images, labels=LABELS)
+    assert contents(tmp_path / "new/x.npz") == contents(tmp_path / "numpy.npz")
+    assert os.listdir(tmp_path / "new") == ["x.npz"]
+
+
+def test_a_folder_has_one_picture_per_image(tmp_path):
+    (tmp_path / "x").mkdir()
+    bulk.write(make_job(tmp_path / "x"), make_images)
+    names = sorted(os.listdir(tmp_path / "x"))
+    assert names == [f"{i:06}_label{label}.png" for i, label in enumerate(LABELS)]
+    for name, image in zip(names, make_images(0, LABELS), strict=True):
+        with Image.open(tmp_path / "x" / name) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), image)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_an_interrupted_job_makes_only_what_is_missing(tmp_path, name):
+    bulk.write(make_job(tmp_path / "whole" / name), make_images)
+    for boundary in (4, 8):
+        made = []
+
+        def interrupted(first, labels, boundary=boundary):
+            if first == boundary:
+                raise KeyboardInterrupt
+            return make_images(first, labels)
+
+        def counted(first, labels, made=made):
+            made.append((first, len(labels)))
+            return make_images(first, labels)
+
+        out = tmp_path / str(boundary) / name
+        with pytest.raises(KeyboardInterrupt):
+            bulk.write(make_job(out), interrupted)
+        assert not out.exists()
+        assert bulk.write(make_job(out), counted) == boundary
+        assert made == [(4, 4), (8, 2)][boundary // 4 - 1 :]
+        assert contents(out) == contents(tmp_path / "whole" / name)
+        assert os.listdir(out.parent) == [name]
+
+
+# Kills itself at the n-th step that changes the file system, for every n, and starts again.
+KILL = """
+import os, signal, sys, pathlib
+sys.path.insert(0, {tests!r})
+import bulk_test
+from maskgil_jax import bulk
+
+root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+bulk.write(bulk_test.make_job(root / "whole" / name), bulk_test.make_images)
+whole = bulk_test.contents(root / "whole" / name)
+
+def run(out, last):
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    left = [last]
+    def fatal(call):
+        def step(*args, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+        return step
+    for call in ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync"):
+        setattr(os, call, fatal(getattr(os, call)))
+    bulk.write(bulk_test.make_job(out), bulk_test.make_images)
+    os._exit(0)
+
+finished = 0
+for step in range(1, 1000):
+    out = root / str(step) / name
+    status = run(out, step)
+    if status == 0:
+        break
+    assert status == signal.SIGKILL, status
+    assert not out.exists() or bulk_test.contents(out) == whole, step
+    try:
+        bulk.check_out(out)
+        assert run(out, 0) == 0, step
+    except FileExistsError:  # killed by the very last step: the folder is finished
+        finished += 1
+    assert bulk_test.contents(out) == whole, step
+    assert os.listdir(out.parent) == [name], step
+assert finished == (name == "x"), finished
+print(step)
+"""
+
+
+@pytest.mark.parametrize(("name", "steps"), [("x.npz", 20), ("x", 30)])
+def test_a_kill_at_any_step_changes_nothing_of_the_result(tmp_path, name, steps):
+    done = subprocess.run(
+        [sys.executable, "-c", KILL.format(tests=str(tiny.ROOT / "tests")), str(tmp_path), name],
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > steps
+
+
+def interrupt(job, after=4):
+    """Leave a job's working folder with the chunks before `after`."""
+
+    def make(first, labels):
+        if first >= after:
+            raise KeyboardInterrupt
+        return make_images(first, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        bulk.write(job, make)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "seed: 3 there, 4 now"),
+        ({"sampler": {"num_steps": 9}}, r"sampler\.num_steps: 8 there, 9 now"),
+        ({"labels": list(range(99))}, r"labels: \[0, 1, 2, 3, 4\] there, \[0, 1, .*\.\.\. now"),
+        ({"size": [4, 6]}, r"size: null there, \[4, 6\] now"),
+    ],
+)
+def test_other_settings_are_refused_and_named(tmp_path, change, message):
+    job = make_job(tmp_path / "x.npz")
+    interrupt(job)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){message}.*choose another --out, or remove"):
+        bulk.write(dataclasses.replace(job, settings=SETTINGS | change), make_images)
+    assert {k: v for k, v in contents(tmp_path).items() if not k.endswith("lock")} == {
+        k: v for k, v in before.items() if not k.endswith("lock")
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda work: (work / "settings.json").write_text("{"), "is damaged; remove"),
+        (lambda work: (work / "settings.json").write_text("[]"), "holds no settings; remove"),
+        (lambda work: (work / "settings.json").rename(work / "mine.txt"), "but no settings.json"),
+    ],
+)
+def test_a_damaged_working_folder_is_refused(tmp_path, damage, message):
+    job = make_job(tmp_path / "x")
+    interrupt(job)
+    damage(job.work)
+    with pytest.raises(ValueError, match=message):
+        bulk.write(job, make_images)
+
+
+def test_a_job_in_progress_is_refused(tmp_path):
+    job = make_job(tmp_path / "x")
+    interrupt(job)
+    with (
+        workdir.lock(job.work),
+        pytest.raises(ValueError, match=f"in use by process {os.getpid()} .*another --out"),
+    ):
+        bulk.write(job, make_images)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("x.npz", 2), ("x", 1)])
+def test_a_full_disk_is_known_before_the_start(tmp_path, monkeypatch, name, factor):
+    usage = collections.namedtuple("usage", "total used free")
+    job = make_job(tmp_path / "folder" / name)
+    needed = factor * len(LABELS) * int(np.prod(SHAPE)) + (1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, needed - 1))
+    with pytest.raises(OSError, match=r"may need 0\.0 MB more on a disk with 1\.\d MB free"):
+        bulk.write(job, lambda *_: pytest.fail("something was made"))
+    assert not os.listdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, needed))
+    bulk.write(job, make_images)
+
+
+def test_a_failure_before_the_first_chunk_leaves_nothing(tmp_path):
+    def fail(first, labels):
+        raise ValueError("bad input")
+
+    for name in ("a/b/x.npz", "a/b/x"):
+        with pytest.raises(ValueError, match="bad input"):
+            bulk.write(make_job(tmp_path / name), fail)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 150])
+def test_a_chunk_that_a_crash_cut_short_is_made_anew(tmp_path, size):
+    job = make_job(tmp_path / "x.npz")
+    interrupt(job, after=8)
+    os.truncate(job.work / "chunks" / "000000000.npy", size)
+    assert bulk.write(job, make_images) == 4
+    with np.load(job.out) as stored:
+        np.testing.assert_array_equal(stored["arr_0"], make_images(0, LABELS))
+
+
+def test_outputs_that_hold_something_are_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine.txt").touch()
+    (tmp_path / "y.npz").mkdir()
+    with pytest.raises(FileExistsError, match="not empty; choose another --out"):
+        bulk.write(make_job(tmp_path / "x"), make_images)
+    with pytest.raises(OSError, match="is a directory; choose another"):
+        bulk.write(make_job(tmp_path / "y.npz"), make_images)
+    assert sorted(contents(tmp_path)) == ["x/mine.txt"]
+    with pytest.raises(ValueError, match="no labels"):
+        make_job(tmp_path / "z", labels=LABELS[:0])
+    with pytest.raises(ValueError, match="chunk_size 0"):
+        make_job(tmp_path / "z", chunk_size=0)
+
+
+def test_progress_names_speed_and_time_left(tmp_path, monkeypatch, capsys):
+    bulk.write(make_job(tmp_path / "quiet.npz", chunk_size=2), make_images)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(bulk, "PROGRESS_SECONDS", 0)
+    job = make_job(tmp_path / "x.npz", chunk_size=2)
+    interrupt(job)
+    capsys.readouterr()
+    bulk.write(job, make_images)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(r"4 of 6 images, [\d.]+ images/s, 0 min 00 s left", lines[0])
+
+
+def test_settings_are_kept_readable(tmp_path):
+    job = make_job(tmp_path / "x.npz")
+    interrupt(job)
+    assert json.loads((job.work / "settings.json").read_text()) == SETTINGS
