@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,9 @@ class ImageGenerator:
     the fields of `SamplerConfig`. The first call with other settings, another size or a larger
     batch compiles; batches are padded to powers of two, so that few sizes occur.
 
-    In float32 on a CPU, image i of a call depends on the seed, on i and on what it is asked to be,
-    not on the batch size or the number of devices.
+    The random numbers of image i depend on the seed and on i alone. In float32 on a CPU so does the
+    image, but for what rounding does: another batch size or number of devices sums in another
+    order, which now and then decides between two nearly equal codes.
     """
 
     def __init__(
@@ -122,6 +123,16 @@ class ImageGenerator:
             raise ValueError(f"{path} names no tokenizer; give the right one as `tokenizer`")
         vq = loading.load_tokenizer(chosen, dtype=tokenizer_dtype)
         return cls(model, vq, batch_size=batch_size, mesh=mesh)
+
+    @overload
+    def __call__(
+        self, labels: Labels, *, return_trace: Literal[False] = False, **options: Any
+    ) -> UInt8[np.ndarray, "b H W c"]: ...
+
+    @overload
+    def __call__(
+        self, labels: Labels, *, return_trace: Literal[True], **options: Any
+    ) -> Generation: ...
 
     def __call__(
         self,
@@ -567,9 +578,10 @@ def generate(
 ) -> tuple[Int[np.ndarray, "b gh gw"], Int[np.ndarray, "t b gh gw"] | None]:
     """Generate one grid of codes per label.
 
-    Image i draws its randomness from `fold_in(seed, i)`, so in float32 on CPU the codes do not
-    depend on the batch size or the number of devices. On a GPU or TPU that also needs
-    `jax_default_matmul_precision="highest"` and deterministic operations.
+    Image i draws its randomness from `fold_in(seed, i)`, so in float32 on CPU the codes depend on
+    the batch size or the number of devices only where rounding decides between nearly equal ones.
+    On a GPU or TPU that also needs `jax_default_matmul_precision="highest"` and deterministic
+    operations.
 
     Args:
         model: architecture.

@@ -158,7 +158,7 @@ def draw_edit(studio: Studio) -> np.ndarray:
     edit = functools.partial(
         studio.generator.edit, originals, masks, wanted, seed=SEED, num_steps=STEPS
     )
-    ways = ({}, {"grow": 1}, {"grow": 1, "feather": 6.0})
+    ways: tuple[dict[str, Any], ...] = ({}, {"grow": 1}, {"grow": 1, "feather": 6.0})
     edited = [edit(**way).images for way in ways]
     columns = [originals, pictures.grey_out(originals, masks), *edited]
     return grid(*np.swapaxes(np.stack(columns), 0, 1))
