@@ -3,7 +3,8 @@
 The end of the generation path. Beside the output lies a working folder, `.NAME.work`, with the
 settings of the job and every finished chunk; the output appears whole, under its name, when the
 last chunk is there, and the working folder goes. Started again after a kill, a job keeps its
-chunks, and its output is the same to the last byte.
+chunks, and its output is the same to the last byte. Several processes share the chunks, in a
+folder that all of them see; the first one puts the output together.
 """
 
 import contextlib
@@ -16,19 +17,21 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from maskgil_jax import pictures, workdir
+from maskgil_jax import pictures, processes, workdir
 from maskgil_jax.checkpoints import write_text_atomically
 
 # (index of the first image, its and the next ones' labels [b]) → their pixels [b H W c].
 Make = Callable[[int, np.ndarray], UInt8[np.ndarray, "b H W c"]]
 
 PROGRESS_SECONDS = 5.0
+_POLL_SECONDS = 0.5
 _SETTINGS = "settings.json"
 _CHUNKS = "chunks"
 # For headers, names and folders of the file system.
@@ -175,22 +178,39 @@ def write(job: Job, make: Make) -> int:
         FileExistsError: if the output is a directory that holds something.
         OSError: if the disk has too little space; before anything is made.
     """
-    with _hold(job) as finished:
+    index, count = jax.process_index(), jax.process_count()
+    with processes.enter_first(_hold(job), job.out) as finished:
         if finished:
             return len(job.labels)
-        form = _Arrays(job) if job.out.suffix.lower() == ".npz" else _Folder(job)
-        missing = [first for first in job.starts if not form.has(first)]
-        count = sum(job.chunk(first).stop - first for first in missing)
-        _check_space(job, form.bytes_to_come(job.num_bytes // len(job.labels) * count))
-        progress = _Progress(count)
-        for first in missing:
-            part = job.chunk(first)
-            images = make(first, job.labels[part])
-            assert images.shape == (part.stop - part.start, *job.image_shape)
-            form.store(first, images)
-            progress.add(len(images))
-        form.finish()
-    return len(job.labels) - count
+        store = _open_store(job)
+        missing = [first for first in job.starts if not store.has(first)]
+        to_come = sum(job.chunk(first).stop - first for first in missing)
+        with processes.enter_first(_check_space(job, store, to_come), job.out):
+            own = [first for first in missing if first // job.chunk_size % count == index]
+            _make_chunks(job, store, own, make)
+        # If another process dies, JAX ends this one.
+        while index > 0 and (job.work / _CHUNKS).exists():
+            time.sleep(_POLL_SECONDS)
+        if index == 0:
+            for first in set(missing) - set(own):
+                while not _open_store(job).has(first):
+                    time.sleep(_POLL_SECONDS)
+            store.finish()
+    return len(job.labels) - to_come
+
+
+def _open_store(job: Job) -> _Arrays | _Folder:
+    return _Arrays(job) if job.out.suffix.lower() == ".npz" else _Folder(job)
+
+
+def _make_chunks(job: Job, store: _Arrays | _Folder, starts: Sequence[int], make: Make) -> None:
+    progress = _Progress(sum(job.chunk(first).stop - first for first in starts))
+    for first in starts:
+        part = job.chunk(first)
+        images = make(first, job.labels[part])
+        assert images.shape == (part.stop - part.start, *job.image_shape)
+        store.store(first, images)
+        progress.add(len(images))
 
 
 def check_out(out: os.PathLike | str) -> None:
@@ -301,13 +321,16 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _check_space(job: Job, needed: int) -> None:
+@contextlib.contextmanager
+def _check_space(job: Job, store: _Arrays | _Folder, images: int) -> Iterator[None]:
+    needed = store.bytes_to_come(job.num_bytes // len(job.labels) * images)
     free = shutil.disk_usage(job.work).free
     if needed + _SPARE_BYTES > free:
         raise OSError(
             f"{job.out} may need {_in_bytes(needed)} more on a disk with {_in_bytes(free)} free; "
             "make room, choose another disk for --out, or make fewer images"
         )
+    yield
 
 
 def _in_bytes(count: int) -> str:

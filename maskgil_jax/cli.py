@@ -10,6 +10,10 @@ from absl import app, flags, logging
 USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes the cluster started.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
 
 
 def start(argv: Sequence[str]) -> None:
@@ -18,6 +22,15 @@ def start(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+
+
+def join_processes() -> None:
+    """Join the other processes that the flags name, before JAX is used."""
+    numbers = (_NUM_PROCESSES.value, _PROCESS_ID.value)
+    if not (_DISTRIBUTED.value or _COORDINATOR.value) and numbers != (None, None):
+        raise app.UsageError("--num_processes and --process_id need --coordinator")
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
 
 def say(text: str) -> None:

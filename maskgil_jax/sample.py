@@ -7,6 +7,9 @@ flags that are not given keep the values of the run's configuration.
 
 `--edit FILE` makes a picture's part anew (`--mask FILE`, white is generated), continues it beyond
 its edges (`--outpaint TOP,BOTTOM,LEFT,RIGHT`) or varies it (`--vary KEEP`).
+
+Several processes that see the same folder share the images: give each `--coordinator HOST:PORT
+--num_processes N --process_id I`; on Cloud TPU pods and SLURM `--distributed` alone finds them.
 """
 
 import dataclasses
@@ -114,13 +117,19 @@ def sample(
         FileExistsError: if `out` is a directory that holds something.
     """
     path, is_grid = pathlib.Path(out), check_out(out)
+    if is_grid and jax.process_count() > 1:
+        raise ValueError(
+            f"--out {out} is a grid, which one process makes; several write FILE.npz or a directory"
+        )
     if edit is not None and size is not None:
         raise ValueError("--size and --edit exclude each other: the picture has a size")
     if edit is not None and labels is None:
         raise ValueError("--edit needs --labels, the classes of the results")
     model = loading.load_model(workdir)
     vq = open_tokenizer(model, workdir, tokenizer)
-    generator = ImageGenerator(model, vq, batch_size=batch_size)
+    # Several processes share the images, not the batches.
+    mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+    generator = ImageGenerator(model, vq, batch_size=batch_size, mesh=mesh)
     config = generator.sampler(**sampler)
     classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
     loading.check_range("label", classes, model.config.num_classes + 1)
@@ -128,7 +137,7 @@ def sample(
     height, width = find_size(generator, size, edit)
     began, kept = time.monotonic(), 0
     if edit is None:
-        shards = sharding.batch_shards(generator.mesh)
+        shards = sharding.batch_shards(mesh)
         chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
         fixed = {"seed": seed, "size": (height, width), **sampler}
         make = functools.partial(_generate, generator, chunk_size, fixed)
@@ -318,6 +327,7 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     """Read the flags and sample."""
     cli.start(argv)
+    cli.join_processes()
     cli.exit_on_user_error(run)
 
 

@@ -13,19 +13,17 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import tensorboardX
 from absl import app, flags
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from maskgil_jax import checkpoints, cli, loading, pictures, report, sharding
+from maskgil_jax import checkpoints, cli, loading, pictures, processes, report, sharding
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import tasks as build_tasks
@@ -40,10 +38,6 @@ from maskgil_jax.training.adversarial import AdversarialState
 from maskgil_jax.workdir import claim_workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes the cluster started.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
 
 
 def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
@@ -66,7 +60,8 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     source = build_data.make_source(config)
     tokenizer = _open_tokenizer(config, source)
     perceptual = _open_perceptual(config)
-    with _claim_together(workdir, config), jax.set_mesh(mesh):
+    claim = claim_workdir(workdir, config)
+    with processes.enter_first(claim, workdir), jax.set_mesh(mesh):
         task = (
             build_training.make_maskgil_task(config, mesh)
             if config.kind == "maskgil"
@@ -226,33 +221,10 @@ def _resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
-@contextlib.contextmanager
-def _claim_together(workdir: os.PathLike | str, config: ConfigDict) -> Iterator[None]:
-    """Hold the run directory in the first process; all end if it is refused there."""
-    with contextlib.ExitStack() as stack:
-        refusal: ValueError | None = None
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(claim_workdir(workdir, config))
-            except ValueError as error:
-                refusal = error
-        if jax.process_count() > 1:
-            refused = bool(multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None)))
-            if refused and refusal is None:
-                refusal = ValueError(f"process 0 refused {workdir}; its error says why")
-        if refusal is not None:
-            raise refusal
-        yield
-
-
 def main(argv: list[str]) -> None:
     """Join the other processes and train."""
     cli.start(argv)
-    numbers = (_NUM_PROCESSES.value, _PROCESS_ID.value)
-    if not (_DISTRIBUTED.value or _COORDINATOR.value) and numbers != (None, None):
-        raise app.UsageError("--num_processes and --process_id need --coordinator")
-    if _DISTRIBUTED.value or _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    cli.join_processes()
     cli.exit_on_user_error(lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError)
 
 

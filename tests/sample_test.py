@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,7 +104,8 @@ def test_grid_arrays_and_single_pictures_show_the_same_images(run_dir, tmp_path)
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 def test_chunks_are_the_images_of_one_call(run_dir, tmp_path, name):
     sample(run_dir, tmp_path / name, num_per_class=5, seed=2, batch_size=4)
-    expected = ImageGenerator.from_checkpoint(run_dir, batch_size=4)([0] * 5 + [1] * 5, seed=2)
+    generator = ImageGenerator.from_checkpoint(run_dir, batch_size=4)
+    expected = generator([0] * 5 + [1] * 5, seed=2)
     if name == "x.npz":
         images, labels = read_npz(tmp_path / name)
         assert labels.tolist() == [0] * 5 + [1] * 5
@@ -111,6 +113,8 @@ def test_chunks_are_the_images_of_one_call(run_dir, tmp_path, name):
         images = np.stack([read_png(path) for path in sorted((tmp_path / name).iterdir())])
     np.testing.assert_array_equal(images, expected)
     assert os.listdir(tmp_path) == [name]
+    with pytest.raises(ValueError, match="first_index -1 is out of range"):
+        generator([0], first_index=-1)
 
 
 def test_other_sizes_than_the_trained_one(run_dir, tmp_path, capsys):
@@ -365,4 +369,23 @@ def test_a_killed_command_goes_on_where_it_was(command, run_dir, tmp_path):
     sample(run_dir, tmp_path / "whole.npz", num_per_class=200, batch_size=4)
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert len(read_npz(tmp_path / "x.npz")[0]) == 400
+    assert sorted(os.listdir(tmp_path)) == ["whole.npz", "x.npz"]
+
+
+def test_two_processes_write_what_one_does(command, run_dir, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--num_per_class=9", "--batch_size=4", f"--coordinator=localhost:{port}"]
+    flags += [f"--out={tmp_path / 'x.npz'}", "--num_processes=2"]
+    started = [command(*flags, f"--process_id={index}") for index in range(2)]
+    try:
+        results = [finish(process) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert ["18 images of" in said for _, said, _ in results] == [True, False]
+    sample(run_dir, tmp_path / "whole.npz", num_per_class=9, batch_size=4)
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["whole.npz", "x.npz"]

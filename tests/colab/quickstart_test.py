@@ -37,6 +37,7 @@ def kernel(tmp_path, monkeypatch):
     spec.write_text(json.dumps({"argv": argv, "display_name": "here", "language": "python"}))
     for name, value in tiny.environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     return "here"

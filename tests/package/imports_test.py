@@ -12,13 +12,13 @@ PACKAGE = ROOT / "maskgil_jax"
 
 COMMANDS = ("train", "sample", "evaluate", "app")
 FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"}
-FOUNDATIONS |= {"editing", "compilation"}
+FOUNDATIONS |= {"editing", "compilation", "processes"}
 ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},
     **{name: set() for name in ("models", "tokenizers", "evals", "data", "text", "speech")},
     "workdir": {"checkpoints", "config"},
-    "bulk": {"pictures", "workdir", "checkpoints"},
+    "bulk": {"pictures", "processes", "workdir", "checkpoints"},
     "photo_edit": {"generator", "data"},
     "training": {"masking"},
     "decoding": {"masking"},
