@@ -3,8 +3,8 @@
 Two data paths run through the package, and each reads top to bottom:
 
 1. Training (`train.py`): images → tokens → masked tokens → model → loss → update → checkpoint.
-2. Generation (`sample.py`, `generator.py`): label → condition → decoding loop → tokens → tokenizer
-   decoder → uint8 image.
+2. Generation (`sample.py`, `generator.py`, `generation.py`): label → condition → decoding loop →
+   tokens → tokenizer decoder → uint8 image.
 
 Shape letters used everywhere: b batch, l tokens, s keys, e width, h heads, d head dimension,
 v logits, k codes, z code dimension, gh gw grid, H W pixels, c image channels.
@@ -25,11 +25,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ImageGenerator": "maskgil_jax.generator",
-    "mix_labels": "maskgil_jax.generator",
+    "mix_labels": "maskgil_jax.generation",
     "load_model": "maskgil_jax.loading",
     "load_tokenizer": "maskgil_jax.loading",
-    "generate_tokens": "maskgil_jax.generator",
-    "decode_images": "maskgil_jax.generator",
+    "generate_tokens": "maskgil_jax.generation",
+    "decode_images": "maskgil_jax.generation",
     "SamplerConfig": "maskgil_jax.decoding.masked",
 }
 
@@ -37,7 +37,8 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from maskgil_jax.decoding.masked import SamplerConfig
-    from maskgil_jax.generator import ImageGenerator, decode_images, generate_tokens, mix_labels
+    from maskgil_jax.generation import decode_images, generate_tokens, mix_labels
+    from maskgil_jax.generator import ImageGenerator
     from maskgil_jax.loading import load_model, load_tokenizer
 
 

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maskgil_jax import generator, pictures
+from maskgil_jax import generation, pictures
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.data.canvases import COLOURS, SIZES, CanvasSource, Scene
@@ -147,7 +147,7 @@ def _read_canvases(
 def _generate(
     config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer, state: Any, labels: np.ndarray
 ) -> np.ndarray:
-    tokens = generator.generate_tokens(
+    tokens = generation.generate_tokens(
         build_models.model_config(config),
         _inference_params(state),
         labels,
@@ -156,7 +156,7 @@ def _generate(
         batch_size=config.report.batch_size,
         mesh=mesh,
     )
-    return generator.decode_images(tokenizer, tokens)
+    return generation.decode_images(tokenizer, tokens)
 
 
 def _inference_params(state: Any) -> Any:

@@ -30,7 +30,8 @@ from maskgil_jax.build import models as build
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
-from maskgil_jax.generator import ImageGenerator, padded_size
+from maskgil_jax.generation import padded_size
+from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.photo_edit import Edit, read_edit
 from maskgil_jax.tokenizers.base import Tokenizer
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from maskgil_jax import editing
+from maskgil_jax import generation
 from maskgil_jax import generator as generator_lib
 
 MASK = 32
@@ -248,6 +249,6 @@ def test_edits_that_cannot_be_made_are_refused_before_anything_is_generated(
     def never(*args):
         raise AssertionError("a program was made")
 
-    monkeypatch.setattr(generator_lib, "make_generate_fn", never)
+    monkeypatch.setattr(generation, "make_generate_fn", never)
     with pytest.raises(ValueError, match=match):
         call(generator)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 import maskgil_jax
-from maskgil_jax import generator as generator_lib
+from maskgil_jax import generation
 
 quick = pytest.mark.usefixtures("quick_compilation")
 FAMILIES = ("maskgil", "bidirectional-transformer")
@@ -216,7 +216,7 @@ def test_mixtures_lie_between_two_classes():
 )
 def test_wrong_mixtures_are_refused(mixture):
     with pytest.raises(ValueError, match=r"give \[b, 3\].* rows that sum to 1"):
-        generator_lib.check_labels(np.array(mixture), 2)
+        generation.check_labels(np.array(mixture), 2)
 
 
 @quick

@@ -17,7 +17,8 @@ import numpy as np
 
 from maskgil_jax import pictures
 from maskgil_jax.data.digits import NUM_CLASSES, digits_arrays
-from maskgil_jax.generator import Generation, ImageGenerator, mix_labels
+from maskgil_jax.generation import mix_labels
+from maskgil_jax.generator import Generation, ImageGenerator
 
 SEED = 4
 STEPS = 8

@@ -32,7 +32,7 @@ from jax import export
 from load_exported import FORMAT, HEADER, NPY, PROGRAM, VERSION, WEIGHTS
 
 import maskgil_jax
-from maskgil_jax import ImageGenerator, generator, masking
+from maskgil_jax import ImageGenerator, generation, masking
 from maskgil_jax.decoding import masked
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -205,7 +205,7 @@ def export_model(
     grid_size = model.grid_size if size is None else spec.grid_size(*size)
     trees = {"model": made.model.params, "tokenizer": dict(made.tokenizer.params)}
     weights = traverse_util.flatten_dict(trees, sep="/")
-    run = generator.make_image_fn(model, made.tokenizer.config, config, grid_size)
+    run = generation.make_image_fn(model, made.tokenizer.config, config, grid_size)
     program, names = export_program(run, weights, platforms)
     header = {
         "format": FORMAT,

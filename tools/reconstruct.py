@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from maskgil_jax import generator, loading
+from maskgil_jax import generation, loading
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.data.canvases import CanvasSource
 from maskgil_jax.data.digits import DigitsSource
@@ -168,7 +168,7 @@ def reconstruct(
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for names, images in _prepare(entries, image_size, spec.downsample_factor, batch_size):
         tokens = np.asarray(tokenizer.encode(to_float(images), batch_size=batch_size))
-        rebuilt = generator.decode_images(tokenizer, tokens, batch_size=batch_size)
+        rebuilt = generation.decode_images(tokenizer, tokens, batch_size=batch_size)
         used[tokens] = True
         measured = zip(names, psnr(images, rebuilt), ssim(images, rebuilt), strict=True)
         rows += [

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import references
 
-from maskgil_jax import generator, sharding
+from maskgil_jax import generation, sharding
 from maskgil_jax.decoding.masked import SamplerConfig
 
 CONFIG = references.tiny_config(num_layers=1, grid_size=(4, 4), num_heads=4)
@@ -16,7 +16,7 @@ LABELS = [3, 1, 4, 1, 5]
 @functools.cache
 def generate(mesh_axis, devices, batch_size):
     mesh = sharding.make_mesh({mesh_axis: devices}, jax.devices()[:devices])
-    return generator.generate_tokens(
+    return generation.generate_tokens(
         CONFIG,
         references.random_params(CONFIG),
         LABELS,

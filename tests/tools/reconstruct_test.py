@@ -8,7 +8,7 @@ from PIL import Image
 
 import maskgil_jax
 import maskgil_jax.data.digits
-from maskgil_jax import generator
+from maskgil_jax import generation
 from maskgil_jax.data.transforms import center_crop, to_float
 from maskgil_jax.evals.images import psnr, ssim
 
@@ -36,7 +36,7 @@ def run_tool(*arguments):
 def rebuild(tokenizer, images, batch_size=16):
     """Encode and decode in batches as large as the tool's, which are compiled once for both."""
     tokens = np.asarray(tokenizer.encode(to_float(images), batch_size=batch_size))
-    rebuilt = generator.decode_images(tokenizer, tokens, batch_size=batch_size)
+    rebuilt = generation.decode_images(tokenizer, tokens, batch_size=batch_size)
     return rebuilt, set(tokens.flat)
 
 
@@ -112,7 +112,7 @@ def test_images_of_any_size_are_cut_to_multiples(inputs, tmp_path, capsys):
 
 
 def test_equal_images_have_no_ratio_in_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generator, "decode_images", lambda tokenizer, tokens, batch_size: same)
+    monkeypatch.setattr(generation, "decode_images", lambda tokenizer, tokens, batch_size: same)
     same = maskgil_jax.data.digits.digits_arrays("test")[0][:2]
     arguments = ["--tokenizer=asset:digits_tokenizer", "--images", "digits", "--num_images=2"]
     assert run_tool(*arguments, f"--out={tmp_path / 'grid.png'}") == 0

@@ -13,7 +13,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
-from maskgil_jax import generator, sharding
+from maskgil_jax import generation, sharding
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build_training
@@ -279,8 +279,8 @@ def compile_sampler(size: str, batch_size: int, settings: dict) -> None:
     config = make_config(size, batch_size, "float32")
     model, mesh = model_config(config), sharding.make_mesh({}, jax.devices()[:1])
     shapes = nn.unbox(jax.eval_shape(build_models.init_model(model), jax.random.key(0)))
-    generator.make_generate_fn.cache_clear()
-    run = generator.make_generate_fn(model, SamplerConfig(**settings), mesh)
+    generation.make_generate_fn.cache_clear()
+    run = generation.make_generate_fn(model, SamplerConfig(**settings), mesh)
     start = jax.ShapeDtypeStruct((batch_size, model.seq_len), jnp.int32)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     rngs = jax.eval_shape(lambda: masked.image_keys(0, np.arange(batch_size)))
