@@ -44,7 +44,14 @@ class Studio:
         self.make = functools.cache(self._make)
 
     def _make(self, **sampler: Any) -> Generation:
-        return self.generator(DIGITS, seed=SEED, return_trace=True, **sampler)
+        made = self.generator(DIGITS, seed=SEED, return_trace=True, **sampler)
+        assert isinstance(made, Generation)
+        return made
+
+    def draw(self, labels: Sequence[int] | np.ndarray, **options: Any) -> np.ndarray:
+        """Draw one picture per label, in eight steps."""
+        tokens = self.generator.tokens(labels, seed=SEED, num_steps=STEPS, **options)
+        return self.generator.decode(tokens)
 
     def trace(self, made: Generation) -> np.ndarray:
         """Return the trace, which was asked for."""
@@ -198,12 +205,7 @@ def draw_mixtures(studio: Studio) -> np.ndarray:
     for first, second in ((3, 8), (1, 7), (4, 9)):
         mixed = mix_labels(first, second, shares, NUM_CLASSES)
         # In one call the places differ, and so would the noise: each is the first of its own.
-        rows.append(
-            [
-                studio.generator(one[None], seed=SEED, num_steps=STEPS, gumbel_temperature=4.5)[0]
-                for one in mixed
-            ]
-        )
+        rows.append([studio.draw(one[None], gumbel_temperature=4.5)[0] for one in mixed])
     return grid(*rows)
 
 
@@ -211,7 +213,7 @@ def draw_sizes(studio: Studio) -> np.ndarray:
     """Draw five digits at other sizes than the trained one, which is the second row."""
     grids = [
         pictures.make_grid(
-            studio.generator(range(2, 7), seed=SEED, num_steps=STEPS, size=size),
+            studio.draw(range(2, 7), size=size),
             columns=5,
             scale=SCALE,
         )
