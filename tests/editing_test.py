@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from maskgil_jax import editing
-from maskgil_jax import generation
+from maskgil_jax import editing, generation
 from maskgil_jax import generator as generator_lib
 
 MASK = 32
