@@ -65,6 +65,16 @@ def check_feather(feather: float) -> None:
         raise ValueError(f"feather {feather} is out of range; allowed: 0 or more pixels")
 
 
+def check_regions(regions: Bool[np.ndarray, "b gh gw"]) -> None:
+    """Raise a `ValueError` if nothing of an image's tokens is kept."""
+    for index, whole in enumerate(np.asarray(regions.all((1, 2)))):
+        if whole:
+            raise ValueError(
+                f"mask {index} touches every token, so nothing of the image is kept; mark less, "
+                "grow less, or generate it without an image"
+            )
+
+
 def composite(
     originals: UInt8[np.ndarray, "b H W c"],
     generated: UInt8[np.ndarray, "b H W c"],

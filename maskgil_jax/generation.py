@@ -26,6 +26,8 @@ Callback = Callable[[int, np.ndarray], None]
 # Classes [b], or float mixtures of classes [b, C+1].
 Labels = Sequence[int] | np.ndarray
 _SUM_SLACK = 1e-3
+# More numbers of images than this would not fit what is folded into their keys.
+MAX_IMAGES = 2**31
 
 
 def mix_labels(
@@ -179,7 +181,8 @@ def make_image_fn(
     Returns:
         `(params, tokenizer_params, labels [b], rngs [b]) → (images, finite)`. Of the tokenizer's
         parameters those of its decoder suffice. The images are uint8 [b H W c], those of
-        `decode_images`; `finite` [b] is false where pixels were NaN or infinite, which it refuses.
+        `decode_images`; `finite` [b] is false where logits or pixels were no finite numbers,
+        which `generate` and `decode_images` refuse.
     """
     logits_fn = build.logits_fn(model, grid_size)
     gh, gw = grid_size or model.grid_size
@@ -198,7 +201,9 @@ def make_image_fn(
         )
         codes = tokens.reshape(-1, gh, gw)
         pixels = decoder.apply({"params": tokenizer_params}, codes, method="decode")
-        return quantize(pixels), jnp.all(jnp.isfinite(pixels), axis=(1, 2, 3))
+        finite = jnp.all(jnp.isfinite(pixels), axis=(1, 2, 3))
+        decided = jnp.all(tokens < model.mask_token_id, axis=1)
+        return quantize(pixels), finite & decided
 
     return run
 
@@ -231,8 +236,8 @@ def generate(
         labels: classes 0…C-1 (C means "no condition"), or float mixtures [b, C+1].
         sampler: settings of the decoder.
         seed: seed of all images.
-        batch_size: images at a time, at most; batches are padded to a power of two and to a
-            multiple of the mesh's data axes.
+        batch_size: images at a time, rounded up to a power of two and to a multiple of the mesh's
+            data axes; fewer images are padded likewise.
         mesh: devices to use; all of them if `None`.
         start: codes to keep and, where to generate, the mask token; nothing is known if `None`.
         grid_size: (gh, gw); that of `start`, else the configured one, if `None`.
@@ -249,8 +254,11 @@ def generate(
     """
     labels = check_labels(labels, model.num_classes)
     check_batch_size(batch_size)
-    if first_index < 0:
-        raise ValueError(f"first_index {first_index} is out of range; allowed: 0 or more")
+    if not 0 <= first_index <= MAX_IMAGES - len(labels):
+        raise ValueError(
+            f"first_index {first_index} is out of range; allowed: 0 to "
+            f"{MAX_IMAGES - len(labels)}, for {len(labels)} images"
+        )
     grid_size = tuple(grid_size or (model.grid_size if start is None else start.shape[1:]))
     start = _check_start(model, start, len(labels), grid_size)
     mesh = mesh or sharding.make_mesh({"data": -1})
@@ -278,7 +286,14 @@ def generate(
                     callback(i, np.asarray(codes)[:count].reshape(count, *grid_size))
                     history.append(np.asarray(codes))
                 history = np.stack(history)
-        tokens.append(np.asarray(codes)[:count].reshape(count, *grid_size))
+        made = np.asarray(codes)[:count]
+        if (unknown := (made == model.mask_token_id).any(1)).any():
+            index = first_index + first + int(unknown.argmax())
+            raise ValueError(
+                f"the model gave no numbers (NaN) for image {index}; its parameters are damaged, "
+                "or too large for the type it computes in"
+            )
+        tokens.append(made.reshape(count, *grid_size))
         if return_trace:
             traces.append(np.asarray(history)[:, :count].reshape(-1, count, *grid_size))
     if not tokens:

@@ -74,7 +74,7 @@ class ImageGenerator:
         Args:
             model: the model.
             tokenizer: the tokenizer.
-            batch_size: images at a time, at most.
+            batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
 
         Raises:
@@ -108,7 +108,7 @@ class ImageGenerator:
             tokenizer: path of the tokenizer, or `asset:NAME`; by default the run's. A model
                 directory names none.
             tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
-            batch_size: images at a time, at most.
+            batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
 
         Raises:
@@ -116,10 +116,7 @@ class ImageGenerator:
             ValueError: if something is damaged, names no tokenizer, or does not fit.
         """
         model = loading.load_model(path)
-        chosen = tokenizer or model.run.tokenizer.path
-        if not chosen:
-            raise ValueError(f"{path} names no tokenizer; give the right one as `tokenizer`")
-        vq = loading.load_tokenizer(chosen, dtype=tokenizer_dtype)
+        vq = loading.open_tokenizer(model, path, tokenizer, dtype=tokenizer_dtype)
         return cls(model, vq, batch_size=batch_size, mesh=mesh)
 
     @overload
@@ -187,7 +184,13 @@ class ImageGenerator:
         rope_interpolation: bool = False,
         **sampler: Any,
     ) -> Int[np.ndarray, "b gh gw"]:
-        """Generate the codes only; the arguments are those of a call."""
+        """Generate the codes only; the arguments are those of a call, but for the trace.
+
+        Raises:
+            ValueError: as a call; or if a trace is asked for.
+        """
+        if "return_trace" in sampler:
+            raise ValueError("return_trace has no meaning here; call the generator itself")
         return self._codes(
             labels,
             grid_size=self._grid(size),
@@ -229,6 +232,7 @@ class ImageGenerator:
         editing.check_feather(feather)
         factor = self.tokenizer.spec.downsample_factor
         regions = editing.token_mask(masks, factor, grow)
+        editing.check_regions(regions)
         start = np.where(regions, self.model.config.mask_token_id, self.encode(images))
         made = self._complete(labels, start, **options)
         blended = editing.composite(images, made.images, masks, feather)

@@ -107,6 +107,39 @@ def load_tokenizer(path: os.PathLike | str, *, dtype: str | None = None) -> Toke
     return dataclasses.replace(tokenizer, config=tokenizer.config.from_dict(fields))
 
 
+def open_tokenizer(
+    model: Model,
+    workdir: os.PathLike | str,
+    path: os.PathLike | str | None = None,
+    *,
+    dtype: str | None = None,
+) -> Tokenizer:
+    """Load the tokenizer of a model, and check that both fit.
+
+    Args:
+        model: the model.
+        workdir: where it was loaded from.
+        path: the tokenizer; by default the one that the model's run names.
+        dtype: type in which its nets compute; as stored if `None`.
+
+    Raises:
+        ValueError: if none is named, or it has other codes or another size than the model's run.
+    """
+    chosen = path or model.run.tokenizer.path
+    if not chosen:
+        raise ValueError(
+            f"{workdir} names no tokenizer; name the right one, --tokenizer or `tokenizer=`"
+        )
+    tokenizer = load_tokenizer(chosen, dtype=dtype)
+    run = model.run.copy_and_resolve_references()
+    if checkpoints.is_model_dir(workdir):
+        # It records no image size, so the grid decides.
+        factor = tokenizer.spec.downsample_factor
+        run.data.image_size = tuple(side * factor for side in model.config.grid_size)
+    build.check_fit(run, tokenizer.spec, num_classes=None)
+    return tokenizer
+
+
 def _open_tokenizer(path: os.PathLike | str) -> Tokenizer:
     directory = build.resolve_path(str(path))
     if checkpoints.is_model_dir(directory):

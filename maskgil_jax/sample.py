@@ -25,15 +25,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from maskgil_jax import bulk, checkpoints, cli, compilation, loading, masking, pictures, sharding
-from maskgil_jax.build import models as build
+from maskgil_jax import bulk, cli, compilation, loading, masking, pictures, sharding
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
 from maskgil_jax.generation import padded_size
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.photo_edit import Edit, read_edit
-from maskgil_jax.tokenizers.base import Tokenizer
 
 MAX_ROW = 8
 
@@ -127,7 +125,7 @@ def sample(
     if edit is not None and labels is None:
         raise ValueError("--edit needs --labels, the classes of the results")
     model = loading.load_model(workdir)
-    vq = open_tokenizer(model, workdir, tokenizer)
+    vq = loading.open_tokenizer(model, workdir, tokenizer)
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     generator = ImageGenerator(model, vq, batch_size=batch_size, mesh=mesh)
@@ -242,21 +240,6 @@ def _write_grid(path: pathlib.Path, images: np.ndarray, num_per_class: int, *, b
     if columns is None and len(images) <= MAX_ROW:
         columns = len(images)
     pictures.save_png(path, pictures.make_grid(images, columns=columns))
-
-
-def open_tokenizer(model: loading.Model, workdir: os.PathLike | str, path: str | None) -> Tokenizer:
-    """Load the tokenizer at `path`, by default the run's, and check that it fits the model."""
-    path = path or model.run.tokenizer.path
-    if not path:
-        raise ValueError(f"{workdir} names no tokenizer; name the right one with --tokenizer")
-    tokenizer = loading.load_tokenizer(path)
-    run = model.run
-    if checkpoints.is_model_dir(workdir):
-        # It records no image size, so the grid decides.
-        factor = tokenizer.spec.downsample_factor
-        run.data.image_size = tuple(side * factor for side in model.config.grid_size)
-    build.check_fit(run, tokenizer.spec, num_classes=None)
-    return tokenizer
 
 
 def parse_labels(text: str) -> list[int]:

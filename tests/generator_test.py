@@ -248,3 +248,38 @@ def test_steps_are_shown_as_they_will_look_and_grey_where_masked(generator):
 def test_what_is_no_trace_is_not_shown(generator, trace, match):
     with pytest.raises(ValueError, match=match):
         generator.show_steps(trace)
+
+
+def test_codes_come_without_a_trace(generator):
+    with pytest.raises(ValueError, match="return_trace has no meaning here"):
+        generator.tokens([1], return_trace=True)
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton", "random"])
+def test_a_model_that_gives_no_numbers_is_refused(generator, order):
+    broken = dataclasses.replace(
+        generator.model, params=jax.tree.map(lambda x: x * np.nan, generator.model.params)
+    )
+    with pytest.raises(ValueError, match="no numbers .NaN. for image 5"):
+        maskgil_jax.ImageGenerator(broken, generator.tokenizer)([1, 0], order=order, first_index=5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"halton_roll": True},
+        {"order": "halton", "gumbel_temperature": 1.0},
+        {"remasking_strength": 0.5},
+        {"remasking_choice": "confidence"},
+        {"guidance_schedule": "linear", "guidance_power": 2.0},
+    ],
+)
+def test_settings_without_effect_are_refused(generator, settings):
+    name = list(settings)[-1]
+    with pytest.raises(ValueError, match=f"{name} .* has no meaning with"):
+        generator.tokens([1], **settings)
+
+
+def test_numbers_of_images_that_wrap_around_are_refused(generator):
+    with pytest.raises(ValueError, match="first_index 4294967296 is out of range"):
+        generator([1], first_index=2**32)

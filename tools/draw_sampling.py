@@ -146,11 +146,11 @@ def draw_orders(studio: Studio) -> np.ndarray:
 
 def draw_remasking(studio: Studio) -> np.ndarray:
     """Draw the ways to take tokens back."""
-    plain = {"num_steps": STEPS, "remasking_strength": 0.4}
+    plain = {"num_steps": STEPS}
     return studio.steps(
         plain | {"remasking": "none"},
         *(
-            plain | {"remasking": kind, "remasking_choice": choice}
+            plain | {"remasking": kind, "remasking_strength": 0.4, "remasking_choice": choice}
             for kind in ("cap", "rescale")
             for choice in ("random", "confidence")
         ),

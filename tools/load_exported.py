@@ -43,7 +43,7 @@ class ExportedGenerator:
         header: what the file says of itself: sizes, classes, sampler settings, platforms, versions.
         image_size: (H, W) in pixels.
         num_classes: C; labels are 0…C-1, and C for "no condition".
-        batch_size: images at a time, at most.
+        batch_size: images at a time, rounded up to a power of two.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -90,7 +90,7 @@ class ExportedGenerator:
         Args:
             labels: classes 0…C-1; C means "no condition".
             seed: seed of all images, 0…2³²-1.
-            batch_size: images at a time, at most; that of the file if `None`.
+            batch_size: images at a time, rounded up to a power of two; that of the file if `None`.
 
         Returns:
             uint8 images [b H W c].

@@ -61,14 +61,37 @@ def model_config(config: ConfigDict) -> TokenModelConfig:
     return family(**{name: value for name, value in fields.items() if name in known})
 
 
+# Setting → the setting that it belongs to, and the values with which it has an effect.
+_BELONGS = {
+    "gumbel_temperature": ("order", ("confidence",)),
+    "halton_roll": ("order", ("halton",)),
+    "guidance_power": ("guidance_schedule", ("power_cosine",)),
+    "remasking_strength": ("remasking", ("cap", "rescale")),
+    "remasking_choice": ("remasking", ("cap", "rescale")),
+}
+
+
+def _check_has_effect(sampler: SamplerConfig, name: str) -> None:
+    owner, values = _BELONGS.get(name, ("order", (sampler.order,)))
+    if getattr(sampler, owner) not in values:
+        raise ValueError(
+            f"{name} {getattr(sampler, name)} has no meaning with {owner} "
+            f"{getattr(sampler, owner)!r}; leave it out, or set {owner} to "
+            f"{' or '.join(map(repr, values))}"
+        )
+
+
 def sampler_config(config: ConfigDict, **changes: Any) -> SamplerConfig:
     """Return the sampler section, validated, with `changes` applied; `None` means no change.
 
     Raises:
-        ValueError: if a value is not allowed, or there are more steps than tokens.
+        ValueError: if a value is not allowed, a change would have no effect beside the other
+            settings, or there are more steps than tokens.
     """
-    fields = config.sampler.to_dict() | {k: v for k, v in changes.items() if v is not None}
-    sampler = SamplerConfig(**fields)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    sampler = SamplerConfig(**(config.sampler.to_dict() | changes))
+    for name in changes:
+        _check_has_effect(sampler, name)
     gh, gw = config.model.grid_size
     if sampler.num_steps > gh * gw:
         raise ValueError(

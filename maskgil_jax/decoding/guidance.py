@@ -35,7 +35,7 @@ def guidance_scales(
         ValueError: if the schedule is unknown, or a number out of range.
     """
     check_choice("guidance schedule", schedule, GUIDANCE_SCHEDULES)
-    if not (np.isfinite(scale) and scale >= 0):
+    if not 0 <= scale <= np.finfo(np.float32).max:
         raise ValueError(f"guidance_scale {scale} is out of range; allowed: 0 or more, finite")
     if not power > 0:
         raise ValueError(f"guidance_power {power} is out of range; allowed: more than 0")
@@ -52,7 +52,7 @@ def guidance_scales(
         "power_cosine": (1 - np.cos(np.pi * ((step + 1) / num_steps) ** power)) / 2,
     }[schedule]
     inside = (start <= step / num_steps) & (step / num_steps < stop)
-    if not inside.any():
+    if scale != 1 and not inside.any():
         raise ValueError(
             f"guidance from {start} to {stop} contains none of {num_steps} steps, which lie at i/"
             f"{num_steps}; widen the interval, or set guidance_scale 1"

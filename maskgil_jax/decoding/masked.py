@@ -84,8 +84,10 @@ class SamplerConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} is out of range; allowed: 0 or more, finite"
                 )
-        if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} is out of range; allowed: 0 (all codes) or more")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(
+                f"top_k {self.top_k} is out of range; allowed: 0 (all codes) or more, whole"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is out of range; allowed: more than 0, up to 1")
         if not 0 <= self.remasking_strength <= 1:
@@ -213,7 +215,11 @@ def make_step(
         token_rngs, noise_rngs = _step_keys(rngs, i)
         # Logits end before the mask token: it can never be drawn.
         codes, log_prob = draw(i, logits[..., :mask_token_id], token_rngs)
-        scores = jnp.where(masked, make_scores(i, log_prob, noise_rngs), -jnp.inf)
+        # What is drawn from logits that are no numbers is no code: it stays masked, for all to see.
+        drawn = ~jnp.isnan(log_prob)
+        codes = jnp.where(drawn, codes, mask_token_id)
+        log_prob = jnp.where(drawn, log_prob, 0.0)
+        scores = jnp.where(masked & drawn, make_scores(i, log_prob, noise_rngs), -jnp.inf)
         count, taken_back = counts[:, i], jnp.zeros_like(known)
         if config.remasking != "none":
             taken_back = remasking.draw_remasked(
@@ -308,7 +314,8 @@ def decode(
         return_trace: whether to keep the tokens after every step.
 
     Returns:
-        int32 codes [b, l], none of them masked, and the trace or `None`.
+        int32 codes [b, l], and the trace or `None`. None of the codes is masked, unless the logits
+        of its position were NaN.
 
     Raises:
         ValueError: if there are more steps than tokens, or the grid is missing.
