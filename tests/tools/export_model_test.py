@@ -288,7 +288,7 @@ def test_bad_requests_are_refused(exported, load, tmp_path, capsys):
         ({"schedule": "cosin"}, r"'cosin'.*cosine"),
         ({"batch_size": 0}, r"batch_size 0 must be at least 1"),
         ({"workdir": "/nowhere"}, r"/nowhere"),
-        ({"tokenizer": "asset:digits_tokenizer"}, r"32 codes, but the tokenizer has 128"),
+        ({"tokenizer": "asset:digits_tokenizer"}, r"codebook_size 32 must be the tokenizer's 128"),
     ],
 )
 def test_bad_exports_are_refused_and_nothing_is_written(inputs, tmp_path, capsys, changes, message):
