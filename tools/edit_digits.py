@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,25 +20,57 @@ import numpy as np
 import maskgil_jax
 from maskgil_jax import editing, pictures
 from maskgil_jax.data.digits import digits_arrays
-from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.evals.digits import NEIGHBOURS, digits_report
 
 SETTINGS = ("guidance_scale", "num_steps", "gumbel_temperature")
+MIN_TRIALS = NEIGHBOURS + 1  # of which `digits_report` makes a report
 
 
 def parse_box(text: str) -> tuple[int, int, int, int]:
-    """Read `TOP,LEFT,BOTTOM,RIGHT` in pixels."""
-    numbers = [int(part) for part in text.split(",")]
-    if len(numbers) != 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is no box; write TOP,LEFT,BOTTOM,RIGHT")
-    top, left, bottom, right = numbers
+    """Read `TOP,LEFT,BOTTOM,RIGHT` in pixels.
+
+    Raises:
+        ArgumentTypeError: if these are not four whole numbers.
+    """
+    try:
+        top, left, bottom, right = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no box; write TOP,LEFT,BOTTOM,RIGHT, such as 4,4,28,28"
+        ) from error
     return top, left, bottom, right
 
 
+def check(arguments: argparse.Namespace, digits: np.ndarray) -> None:
+    """Raise a `ValueError` unless as many digits are there and the box marks a part of them."""
+    count, height, width = digits.shape[:3]
+    if not MIN_TRIALS <= arguments.num_trials <= count:
+        raise ValueError(
+            f"--num_trials {arguments.num_trials} is out of range; allowed: {MIN_TRIALS} to "
+            f"{count}, the number of held-out digits"
+        )
+    if arguments.shown < 1:
+        raise ValueError(f"--shown {arguments.shown} is out of range; allowed: 1 or more")
+    top, left, bottom, right = arguments.box
+    box = ",".join(map(str, arguments.box))
+    if top >= bottom or left >= right:
+        raise ValueError(f"--box {box} is empty; TOP is less than BOTTOM, LEFT less than RIGHT")
+    if top < 0 or left < 0 or bottom > height or right > width:
+        raise ValueError(
+            f"--box {box} reaches outside the image; allowed: within 0,0,{height},{width}"
+        )
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Edit, write the picture if asked to, and return the report."""
-    generator = maskgil_jax.ImageGenerator.from_checkpoint(arguments.workdir)
+    """Edit, write the picture if asked to, and return the report.
+
+    Raises:
+        ValueError: before anything is loaded, if the trials, the box or what is shown cannot be.
+    """
     train, heldout = digits_arrays("train"), digits_arrays("test")
     digits, classes = heldout
+    check(arguments, digits)
+    generator = maskgil_jax.ImageGenerator.from_checkpoint(arguments.workdir)
     rng = np.random.default_rng(arguments.seed)
     chosen = rng.choice(len(digits), arguments.num_trials, replace=False)
     originals, classes = np.asarray(digits)[chosen], np.asarray(classes)[chosen]
@@ -63,9 +96,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return round(report["agreement"], 4)
 
     if arguments.out:
-        shown = np.concatenate([originals[: arguments.shown], made.images[: arguments.shown]])
-        grid = pictures.make_grid(shown, columns=arguments.shown, scale=2)
-        pictures.save_png(arguments.out, grid)
+        count = min(arguments.shown, len(originals))
+        shown = np.concatenate([originals[:count], made.images[:count]])
+        pictures.save_png(arguments.out, pictures.make_grid(shown, columns=count, scale=2))
     return {
         "trials": len(asked),
         "marked_tokens": int((~kept[0]).sum()),
@@ -76,7 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     """Parse the command line and edit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,12 +121,12 @@ def main() -> None:
     add("--guidance_scale", type=float, help="default: the run's")
     add("--num_steps", type=int, help="default: the run's")
     add("--gumbel_temperature", type=float, help="default: the run's")
-    add("--num_trials", type=int, default=200)
+    add("--num_trials", type=int, default=200, help=f"held-out digits, {MIN_TRIALS} or more")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, help="FILE.png: originals above the results")
-    add("--shown", type=int, default=16, help="how many of them")
+    add("--shown", type=int, default=16, help="how many of them, at most")
     try:
-        print(json.dumps(run(parser.parse_args())))
+        print(json.dumps(run(parser.parse_args(command))))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

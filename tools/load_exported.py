@@ -34,6 +34,16 @@ VERSION = 1
 HEADER = "header.json"
 PROGRAM = "program.stablehlo"
 WEIGHTS, NPY = "weights/", ".npy"
+# What this loader reads of a header; the rest of it is for people.
+FIELDS = {
+    "jax": str,
+    "platforms": list,
+    "image_size": list,
+    "image_channels": int,
+    "num_classes": int,
+    "batch_size": int,
+    "sha256": dict,
+}
 
 
 class ExportedGenerator:
@@ -150,7 +160,7 @@ def read_file(path: os.PathLike | str) -> tuple[dict[str, Any], bytes, dict[str,
         with zipfile.ZipFile(path) as archive:
             header = _read_header(path, archive)
             sums = header["sha256"]
-            if sorted(archive.namelist()) != sorted([HEADER, *sums]):
+            if PROGRAM not in sums or sorted(archive.namelist()) != sorted([HEADER, *sums]):
                 raise ValueError(f"{path} is damaged: its parts are not those its header lists")
             parts = {name: _read_part(path, archive, name, sums[name]) for name in sums}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -178,6 +188,10 @@ def _read_header(path: os.PathLike | str, archive: zipfile.ZipFile) -> dict[str,
         raise ValueError(
             f"{path} has version {header.get('version')!r} of the format; this loader reads "
             f"{VERSION}: take the loader of the program that exported it, or export it again"
+        )
+    if lacking := [name for name, kind in FIELDS.items() if not isinstance(header.get(name), kind)]:
+        raise ValueError(
+            f"{path} is damaged: its header lacks {', '.join(lacking)}; copy or export it again"
         )
     return header
 
