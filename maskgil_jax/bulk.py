@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -32,8 +32,14 @@ Make = Callable[[int, np.ndarray], UInt8[np.ndarray, "b H W c"]]
 
 PROGRESS_SECONDS = 5.0
 _POLL_SECONDS = 0.5
+# A network file system may show a new file that much later than the end of an old one.
+_GRACE_SECONDS = 60.0
 _SETTINGS = "settings.json"
+# What the settings are called once all chunks are there.
+_COMPLETE = "complete.json"
 _CHUNKS = "chunks"
+# What the chunks are called once FILE.npz is made of them.
+_DONE = "done"
 # For headers, names and folders of the file system.
 _SPARE_BYTES = 1 << 20
 
@@ -125,7 +131,7 @@ class _Arrays:
                     np.lib.format.write_array(member, np.asarray(job.labels))
             _flush(file)
         partial.replace(job.out)
-        self._folder.rename(self._folder.with_name("done"))
+        self._folder.rename(self._folder.with_name(_DONE))
 
     def _path(self, first: int) -> pathlib.Path:
         return self._folder / f"{first:09}.npy"
@@ -144,14 +150,16 @@ class _Folder:
     @functools.cached_property
     def _there(self) -> set[str]:
         with os.scandir(self._folder) as entries:
-            return {entry.name for entry in entries if entry.stat().st_size}
+            # Another process may just be giving a picture its name.
+            finished = [entry for entry in entries if entry.name.endswith(".png")]
+        return {entry.name for entry in finished if entry.stat().st_size}
 
     def has(self, first: int) -> bool:
         return self._names(first) <= self._there
 
     def store(self, first: int, images: np.ndarray) -> None:
         for index, image in enumerate(images, first):
-            pictures.save_png(self._folder / self._name(index), image)
+            pictures.save_png(self._folder / self._name(index), image, make_folders=False)
 
     def bytes_to_come(self, missing: int) -> int:
         return missing  # at most: PNG compresses
@@ -176,27 +184,55 @@ def write(job: Job, make: Make) -> int:
         ValueError: if the working folder is of a job with other settings (each is named), in use,
             or no working folder.
         FileExistsError: if the output is a directory that holds something.
-        OSError: if the disk has too little space; before anything is made.
+        OSError: if the disk has too little space, before anything is made; or, in another process,
+            if the first one ended without the output.
     """
     index, count = jax.process_index(), jax.process_count()
     with processes.enter_first(_hold(job), job.out) as finished:
         if finished:
             return len(job.labels)
-        store = _open_store(job)
+        before, store = _identify(job.out), _open_store(job)
         missing = [first for first in job.starts if not store.has(first)]
         to_come = sum(job.chunk(first).stop - first for first in missing)
         with processes.enter_first(_check_space(job, store, to_come), job.out):
             own = [first for first in missing if first // job.chunk_size % count == index]
             _make_chunks(job, store, own, make)
         # If another process dies, JAX ends this one.
-        while index > 0 and (job.work / _CHUNKS).exists():
-            time.sleep(_POLL_SECONDS)
-        if index == 0:
-            for first in set(missing) - set(own):
-                while not _open_store(job).has(first):
-                    time.sleep(_POLL_SECONDS)
+        if index > 0:
+            _await_output(job, before)
+        else:
+            _await_chunks(job, set(missing) - set(own))
+            (job.work / _SETTINGS).replace(job.work / _COMPLETE)
             store.finish()
     return len(job.labels) - to_come
+
+
+def _await_chunks(job: Job, starts: Set[int]) -> None:
+    while True:
+        store = _open_store(job)
+        if not (starts := {first for first in starts if not store.has(first)}):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _await_output(job: Job, before: tuple[int, int] | None) -> None:
+    while (job.work / _CHUNKS).exists():
+        time.sleep(_POLL_SECONDS)
+    # The folder of chunks also goes where the first process gives up.
+    end = time.monotonic() + _GRACE_SECONDS
+    while _identify(job.out) in (None, before):
+        if time.monotonic() > end:
+            raise OSError(f"process 0 ended without {job.out}; its error says why")
+        time.sleep(_POLL_SECONDS)
+
+
+def _identify(path: pathlib.Path) -> tuple[int, int] | None:
+    """Return what tells a file or folder from another of its name; `None` if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _open_store(job: Job) -> _Arrays | _Folder:
@@ -217,17 +253,22 @@ def check_out(out: os.PathLike | str) -> None:
     """Refuse a directory that could not take the images, before anything is computed.
 
     Raises:
+        ValueError: if it has no name, such as `.`.
         FileExistsError: if it holds something that no interrupted job put there.
     """
     path = pathlib.Path(out)
+    if path.name in ("", ".."):
+        raise ValueError(f"--out {path} has no name; allowed: FILE.png, FILE.npz, a new directory")
     work = path.with_name(f".{path.name}.work")
     if path.suffix.lower() == ".npz":
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a directory; choose another --out")
         return
-    is_finished = (work / _SETTINGS).exists() and not (work / _CHUNKS).exists()
+    is_finished = (work / _COMPLETE).exists() and not (work / _CHUNKS).exists()
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not is_finished:
-        with contextlib.suppress(OSError):  # what a kill at the very end left: an empty folder
+        with contextlib.suppress(OSError):  # what a kill at the very end left: no more than a lock
+            if [entry.name for entry in work.iterdir()] == [workdir.LOCK]:
+                (work / workdir.LOCK).unlink()
             work.rmdir()
         raise FileExistsError(f"{path} exists and is not empty; choose another --out or remove it")
 
@@ -242,17 +283,21 @@ def _hold(job: Job) -> Iterator[bool]:
     with workdir.lock(work, "--out"):
         _sweep(work)
         names = {path.name for path in work.iterdir()} - {workdir.LOCK}
-        if names - {_CHUNKS} and _SETTINGS not in names:
+        there = [name for name in (_SETTINGS, _COMPLETE) if name in names]
+        if names and not there:
             raise ValueError(
                 f"{work} holds files but no {_SETTINGS}; remove it or choose another --out"
             )
-        if _SETTINGS in names:
-            _check_same(work, _read(file), job.settings)
-        finished = _SETTINGS in names and _CHUNKS not in names and job.out.exists()
+        if there:
+            _check_same(work, _read(work / there[0]), job.settings)
+        # Complete, and no chunks: the output took its place.
+        finished = there == [_COMPLETE] and _CHUNKS not in names and job.out.exists()
         if not finished:
-            # In this order: settings without chunks say that the output took its place.
-            chunks.mkdir(exist_ok=True)
+            if there == [_COMPLETE]:
+                (work / _COMPLETE).replace(file)
+            shutil.rmtree(work / _DONE, ignore_errors=True)
             write_text_atomically(file, json.dumps(dict(job.settings), indent=1) + "\n")
+            chunks.mkdir(exist_ok=True)
         try:
             yield finished
         finally:
@@ -271,10 +316,19 @@ def _sweep(work: pathlib.Path) -> None:
 
 
 def _remove(work: pathlib.Path) -> None:
-    """Remove a working folder, the settings last: without them it could not be told whose it is."""
-    for name in (_CHUNKS, "done"):
-        shutil.rmtree(work / name, ignore_errors=True)
-    for name in (workdir.LOCK, _SETTINGS):
+    """Remove a working folder.
+
+    The settings go after the chunks, as without them it could not be told whose they are; the lock
+    goes last, as it guards the others.
+    """
+    try:
+        (work / _CHUNKS).rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError:  # another process has just stored a chunk
+        return
+    shutil.rmtree(work / _DONE, ignore_errors=True)
+    for name in (_SETTINGS, _COMPLETE, workdir.LOCK):
         (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a network file system keeps a file that is open
         work.rmdir()

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -34,6 +35,7 @@ def use_cache(directory: os.PathLike | str | None = None) -> pathlib.Path | None
     """
     if directory == "":
         jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
         return None
     path = default_cache_dir() if directory is None else pathlib.Path(directory)
     try:
@@ -47,6 +49,8 @@ def use_cache(directory: os.PathLike | str | None = None) -> pathlib.Path | None
             '--compilation_cache=""'
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
+    # JAX opens its cache once, at the first compilation, and does not look at the setting again.
+    compilation_cache.reset_cache()
     # Small models compile many things in less than JAX's threshold of a second each.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return path

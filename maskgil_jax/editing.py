@@ -130,21 +130,32 @@ def pad(
     return wide, masks
 
 
-def draw_kept(shape: tuple[int, int, int], keep: float, seed: int) -> Bool[np.ndarray, "b gh gw"]:
+def draw_kept(
+    shape: tuple[int, int, int], keep: float, seed: int, first_index: int = 0
+) -> Bool[np.ndarray, "b gh gw"]:
     """Draw which tokens of each image are kept: round(keep · gh·gw) of them, but never all.
 
     Image i draws from (seed, i), whatever the number of images.
 
+    Args:
+        shape: (b, gh, gw).
+        keep: share of the tokens, in [0, 1).
+        seed: seed of all images.
+        first_index: number i of the first image, where this is part of a longer list.
+
     Raises:
-        ValueError: if `keep` is not in [0, 1), or the seed not in 0…2³² - 1.
+        ValueError: if `keep` is not in [0, 1), the seed not in 0…2³² - 1, or `first_index` is
+            negative.
     """
     if not 0 <= keep < 1:
         raise ValueError(f"keep {keep} is out of range; allowed: 0 or more, less than 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is out of range; allowed: 0 to {2**32 - 1}")
+    if first_index < 0:
+        raise ValueError(f"first_index {first_index} is out of range; allowed: 0 or more")
     count, length = shape[0], shape[1] * shape[2]
     kept = np.zeros((count, length), bool)
     number = min(round(keep * length), length - 1)
-    for index, row in enumerate(kept):
+    for index, row in enumerate(kept, first_index):
         row[np.random.default_rng((seed, index)).permutation(length)[:number]] = True
     return kept.reshape(shape)

@@ -221,8 +221,8 @@ class ImageGenerator:
             grow: cells by which the generated part of the token grid is widened on every side.
             feather: width in pixels of the transition from original to generated, outside the
                 mask; 0 is a hard edge.
-            **options: seed, callback, return_trace, rope_interpolation and sampler settings, as in
-                a call.
+            **options: seed, first_index, callback, return_trace, rope_interpolation and sampler
+                settings, as in a call.
 
         Raises:
             ValueError: if images, masks and labels do not fit one another or the tokenizer, or a
@@ -267,6 +267,7 @@ class ImageGenerator:
         *,
         keep: float = 0.5,
         seed: int = 0,
+        first_index: int = 0,
         **options: Any,
     ) -> Generation:
         """Draw variations: keep a random share of an image's tokens and generate the others.
@@ -276,6 +277,7 @@ class ImageGenerator:
             labels: classes of the results.
             keep: share of the tokens to keep, in [0, 1).
             seed: seed of all images, and of which tokens stay.
+            first_index: number of the first image, where a call makes part of a longer list.
             **options: callback, return_trace, rope_interpolation and sampler settings, as in a
                 call.
 
@@ -283,9 +285,9 @@ class ImageGenerator:
             ValueError: if `keep` is out of range, or images and labels do not fit.
         """
         known = self.encode(images)
-        kept = editing.draw_kept(known.shape, keep, seed)
+        kept = editing.draw_kept(known.shape, keep, seed, first_index)
         start = np.where(kept, known, self.model.config.mask_token_id)
-        return self._complete(labels, start, seed=seed, **options)
+        return self._complete(labels, start, seed=seed, first_index=first_index, **options)
 
     def encode(self, images: UInt8[np.ndarray, "b H W c"]) -> Int[np.ndarray, "b gh gw"]:
         """Turn uint8 images into codes.

@@ -74,7 +74,7 @@ class Edit:
         Args:
             generator: the model and its tokenizer.
             labels: classes of the results.
-            **options: seed and sampler settings, as `ImageGenerator.edit` takes them.
+            **options: seed, first_index and sampler settings, as `ImageGenerator.edit` takes them.
 
         Raises:
             ValueError: if the picture, the mask or a setting does not fit.

@@ -4,6 +4,7 @@ Also what shows the decoder at work: the tokens after every step side by side or
 and when each of them was decided.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -178,17 +179,21 @@ def heat_map(
     return colours[steps].repeat(factor, 1).repeat(factor, 2)
 
 
-def save_png(path: str | os.PathLike, image: Array | np.ndarray) -> None:
+def save_png(
+    path: str | os.PathLike, image: Array | np.ndarray, *, make_folders: bool = True
+) -> None:
     """Write one uint8 image [H W c] as a PNG file; it appears whole or not at all.
 
-    Folders on the way are made, an existing file is replaced.
+    Folders on the way are made unless `make_folders` is false, an existing file is replaced.
 
     Raises:
+      FileNotFoundError: a folder is missing, and is not to be made.
       ValueError: not uint8 [H W 1 or 3], or `path` does not end in .png.
     """
     image = np.asarray(image)
     _check_pixels(image, ndim=3)
-    _write(path, ".png", lambda partial: _to_pillow(image).save(partial, format="PNG"))
+    save = functools.partial(_to_pillow(image).save, format="PNG")
+    _write(path, ".png", save, make_folders=make_folders)
 
 
 def save_gif(path: str | os.PathLike, frames: Array | np.ndarray, seconds_per_frame: float) -> None:
@@ -228,11 +233,18 @@ def _to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _write(path: str | os.PathLike, suffix: str, save: Callable[[pathlib.Path], None]) -> None:
+def _write(
+    path: str | os.PathLike,
+    suffix: str,
+    save: Callable[[pathlib.Path], None],
+    *,
+    make_folders: bool = True,
+) -> None:
     path = pathlib.Path(path)
     if path.suffix.lower() != suffix:
         raise ValueError(f"{path} does not end in {suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folders:
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save(partial)

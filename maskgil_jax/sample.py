@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -106,7 +106,8 @@ def sample(
         edit: picture to start from, and what to do with it.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
         seed: seed of all images.
-        batch_size: images at a time; it does not change them (float32).
+        batch_size: images at a time. Another one rounds differently, which now and then decides
+            between two nearly equal codes.
         **sampler: fields of `SamplerConfig` that differ from the run's; `None` means no change.
 
     Raises:
@@ -129,22 +130,23 @@ def sample(
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     generator = ImageGenerator(model, vq, batch_size=batch_size, mesh=mesh)
-    config = generator.sampler(**sampler)
+    height, width = find_size(generator, size, edit)
+    config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
     classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
     loading.check_range("label", classes, model.config.num_classes + 1)
     image_labels = np.repeat(classes.astype(np.int32), num_per_class)
-    height, width = find_size(generator, size, edit)
-    began, kept = time.monotonic(), 0
-    if edit is None:
-        shards = sharding.batch_shards(mesh)
-        chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
-        fixed = {"seed": seed, "size": (height, width), **sampler}
-        make = functools.partial(_generate, generator, chunk_size, fixed)
-    else:
-        chunk_size = len(image_labels)
-        make = functools.partial(_edit, generator, edit, {"seed": seed, **sampler})
+    if not len(image_labels):
+        raise ValueError("there are no labels; give one or more")
+    began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
+    chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
+    call: Callable[..., np.ndarray] = functools.partial(generator, size=(height, width))
+    if edit is not None:
+        call = functools.partial(_edit, edit, generator)
+    make = functools.partial(_make, functools.partial(call, seed=seed, **sampler), chunk_size)
     if is_grid:
-        images = make(0, image_labels)
+        starts = range(0, len(image_labels), chunk_size)
+        parts = [make(first, image_labels[first : first + chunk_size]) for first in starts]
+        images = np.concatenate(parts)
         _write_grid(path, images, num_per_class, bare=edit is not None)
     else:
         settings = {
@@ -160,6 +162,7 @@ def sample(
             "batch_size": batch_size,
             "chunk_size": chunk_size,
             "platform": jax.default_backend(),
+            "devices": shards,
             "jax": jax.__version__,
         }
         job = bulk.Job(
@@ -213,22 +216,16 @@ def find_size(
     return height, width
 
 
-def _generate(
-    generator: ImageGenerator,
-    chunk_size: int,
-    options: dict[str, Any],
-    first: int,
-    labels: np.ndarray,
+def _make(
+    call: Callable[..., np.ndarray], chunk_size: int, first: int, labels: np.ndarray
 ) -> np.ndarray:
     # The last chunk is filled up, as the last batch of one call would be: same sums, same bits.
     padding = max(0, chunk_size - len(labels)) if first else 0
     padded = np.pad(labels, (0, padding), "edge")
-    return np.asarray(generator(padded, first_index=first, **options))[: len(labels)]
+    return call(padded, first_index=first)[: len(labels)]
 
 
-def _edit(
-    generator: ImageGenerator, edit: Edit, options: dict[str, Any], _: int, labels: np.ndarray
-) -> np.ndarray:
+def _edit(edit: Edit, generator: ImageGenerator, labels: np.ndarray, **options: Any) -> np.ndarray:
     return edit.apply(generator, labels, **options).images
 
 

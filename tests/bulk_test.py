@@ -1,6 +1,7 @@
 """Bulk writing: what appears, what a kill leaves, what is refused."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,13 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from maskgil_jax import bulk, workdir
+from maskgil_jax import bulk, processes, workdir
 
 SHAPE = (4, 6, 3)
 LABELS = np.repeat(np.arange(5, dtype=np.int32), 2)
@@ -83,18 +86,22 @@ def test_an_interrupted_job_makes_only_what_is_missing(tmp_path, name):
         assert os.listdir(out.parent) == [name]
 
 
-# Kills itself at the n-th step that changes the file system, for every n, and starts again.
+# Kills itself at the n-th step that changes the file system, for every n, and starts again. With
+# "fail", the job that is killed makes nothing and is on its way out, beside an older output.
 KILL = """
-import os, signal, sys, pathlib
+import contextlib, os, signal, sys, pathlib
 sys.path.insert(0, {tests!r})
 import bulk_test
 from maskgil_jax import bulk
 
-root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+root, name, fails = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "fail"
 bulk.write(bulk_test.make_job(root / "whole" / name), bulk_test.make_images)
 whole = bulk_test.contents(root / "whole" / name)
 
-def run(out, last):
+def interrupt(first, labels):
+    raise KeyboardInterrupt
+
+def run(out, last, make):
     if child := os.fork():
         return os.waitpid(child, 0)[1]
     left = [last]
@@ -107,33 +114,43 @@ def run(out, last):
         return step
     for call in ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync"):
         setattr(os, call, fatal(getattr(os, call)))
-    bulk.write(bulk_test.make_job(out), bulk_test.make_images)
+    with contextlib.suppress(KeyboardInterrupt):
+        bulk.write(bulk_test.make_job(out), make)
     os._exit(0)
 
 finished = 0
 for step in range(1, 1000):
     out = root / str(step) / name
-    status = run(out, step)
+    if fails:
+        out.parent.mkdir()
+        out.write_text("older")
+    status = run(out, step, interrupt if fails else bulk_test.make_images)
     if status == 0:
         break
     assert status == signal.SIGKILL, status
-    assert not out.exists() or bulk_test.contents(out) == whole, step
+    if fails:
+        assert out.read_text() == "older", step
+    else:
+        assert not out.exists() or bulk_test.contents(out) == whole, step
     try:
         bulk.check_out(out)
-        assert run(out, 0) == 0, step
-    except FileExistsError:  # killed by the very last step: the folder is finished
+        assert run(out, 0, bulk_test.make_images) == 0, step
+    except FileExistsError:  # killed at the lock or the empty folder: the output is finished
         finished += 1
     assert bulk_test.contents(out) == whole, step
     assert os.listdir(out.parent) == [name], step
-assert finished == (name == "x"), finished
+assert finished == (2 if name == "x" else 0), finished
 print(step)
 """
 
 
-@pytest.mark.parametrize(("name", "steps"), [("x.npz", 20), ("x", 30)])
-def test_a_kill_at_any_step_changes_nothing_of_the_result(tmp_path, name, steps):
+@pytest.mark.parametrize(
+    ("name", "mode", "steps"), [("x.npz", "make", 20), ("x", "make", 30), ("x.npz", "fail", 6)]
+)
+def test_a_kill_at_any_step_changes_nothing_of_the_result(tmp_path, name, mode, steps):
+    script = KILL.format(tests=str(tiny.ROOT / "tests"))
     done = subprocess.run(
-        [sys.executable, "-c", KILL.format(tests=str(tiny.ROOT / "tests")), str(tmp_path), name],
+        [sys.executable, "-c", script, str(tmp_path), name, mode],
         env=tiny.environment(),
         capture_output=True,
         text=True,
@@ -221,6 +238,105 @@ def test_a_failure_before_the_first_chunk_leaves_nothing(tmp_path):
         with pytest.raises(ValueError, match="bad input"):
             bulk.write(make_job(tmp_path / name), fail)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_the_lock_is_the_last_file_to_go(tmp_path, monkeypatch, name):
+    unlink, gone = os.unlink, []
+
+    def record(path, **options):
+        unlink(path, **options)
+        gone.append(os.path.basename(path))
+
+    monkeypatch.setattr(os, "unlink", record)
+    bulk.write(make_job(tmp_path / name), make_images)
+    assert gone[-2:] == ["complete.json", "lock"]
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Makes this process one of two, without the other: `process(index)`."""
+
+    @contextlib.contextmanager
+    def enter_first(context, what):
+        with context if jax.process_index() == 0 else contextlib.nullcontext(False) as given:
+            yield bool(given)
+
+    def become(index):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(processes, "enter_first", enter_first)
+
+    return become
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_the_first_process_looks_once_for_all_that_it_waits_for(
+    tmp_path, monkeypatch, process, name
+):
+    job = make_job(tmp_path / name, chunk_size=1)
+    open_store, opened = bulk._open_store, []
+
+    def count(job):
+        opened.append(job)
+        return open_store(job)
+
+    def make_the_others(seconds):
+        for first in range(1, 10, 2):
+            open_store(job).store(first, make_images(first, LABELS[first : first + 1]))
+
+    process(0)
+    monkeypatch.setattr(bulk, "_open_store", count)
+    monkeypatch.setattr(time, "sleep", make_the_others)
+    assert bulk.write(job, make_images) == 0
+    assert len(opened) == 3
+    assert len(contents(job.out)) == (1 if name == "x.npz" else 10)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_another_process_makes_no_folder_anew(tmp_path, process, name):
+    job = make_job(tmp_path / name)
+    interrupt(job)
+
+    def make(first, labels):
+        if first == 4:
+            shutil.rmtree(job.work)
+        return make_images(first, labels)
+
+    process(1)
+    with pytest.raises(FileNotFoundError):
+        bulk.write(job, make)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_another_process_fails_where_the_first_one_gave_up(
+    tmp_path, monkeypatch, process, name, is_finished
+):
+    job = make_job(tmp_path / name)
+    interrupt(job)
+    if name == "x.npz":
+        job.out.write_text("older")
+
+    def end(seconds):
+        if is_finished and job.work.exists():
+            (job.work / "chunks").replace(job.work / "new")
+            if name == "x.npz":
+                (job.work / "joined").touch()
+                (job.work / "joined").replace(job.out)
+            else:
+                (job.work / "new").replace(job.out)
+        shutil.rmtree(job.work, ignore_errors=True)
+
+    process(1)
+    monkeypatch.setattr(time, "sleep", end)
+    monkeypatch.setattr(bulk, "_GRACE_SECONDS", 0.1)
+    if is_finished:
+        assert bulk.write(job, make_images) == 4
+    else:
+        with pytest.raises(OSError, match=r"process 0 ended without .*its error says why"):
+            bulk.write(job, make_images)
 
 
 @pytest.mark.parametrize("size", [0, 7, 150])

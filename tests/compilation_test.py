@@ -1,7 +1,9 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from maskgil_jax import compilation
 
@@ -13,6 +15,33 @@ def restored():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def compile_something(number):
+    """Compile a program of its own, however fast that is."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.jit(lambda x: jnp.sin(x) * number)(jnp.ones(3)).block_until_ready()
+
+
+def test_what_is_compiled_lies_in_the_directory_named_last(tmp_path):
+    def count():
+        return [sum(1 for _ in (tmp_path / name).glob("*-cache")) for name in "ab"]
+
+    compilation.use_cache(tmp_path / "a")
+    compilation.use_cache(tmp_path / "b")
+    compile_something(1.25)
+    first = count()
+    assert first[0] == 0
+    assert first[1] > 0
+    compilation.use_cache(tmp_path / "a")
+    compile_something(2.25)
+    second = count()
+    assert second[0] > 0
+    assert second[1] == first[1]
+    compilation.use_cache("")
+    compile_something(3.25)
+    assert count() == second
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):

@@ -154,6 +154,7 @@ def test_exactly_the_share_of_tokens_stays(keep, number):
     kept = editing.draw_kept((5, 4, 4), keep, seed=7)
     assert kept.sum((1, 2)).tolist() == [number] * 5
     np.testing.assert_array_equal(editing.draw_kept((2, 4, 4), keep, seed=7), kept[:2])
+    np.testing.assert_array_equal(editing.draw_kept((2, 4, 4), keep, 7, first_index=3), kept[3:])
     if number not in (0, 15):
         assert len({grid.tobytes() for grid in kept}) > 1
         assert (editing.draw_kept((5, 4, 4), keep, seed=8) != kept).any()
@@ -176,6 +177,10 @@ def test_variations_keep_tokens_and_depend_on_seed_and_place_only(generator, sta
     np.testing.assert_array_equal(made.images, generator.decode(made.tokens))
     fewer = generator.vary(images[:2], labels[:2], keep=0.3, seed=7)
     np.testing.assert_array_equal(fewer.tokens, made.tokens[:2])
+    later = generator.vary(images[3:], labels[3:], keep=0.3, seed=7, first_index=3)
+    np.testing.assert_array_equal(later.tokens, made.tokens[3:])
+    with pytest.raises(ValueError, match="first_index -1 is out of range"):
+        generator.vary(images, labels, first_index=-1)
     assert (generator.vary(images, labels, keep=0.3, seed=8).tokens != made.tokens).any()
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from flax import linen as nn
 from PIL import Image
 
-from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model
+from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model, pictures
 from maskgil_jax import config as schema
 from maskgil_jax.build import models as build
 from maskgil_jax.photo_edit import Edit
@@ -161,6 +161,74 @@ def test_outpainting_and_variations(run_dir, tmp_path):
     np.testing.assert_array_equal(read_npz(tmp_path / "x.npz")[0], expected)
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+@pytest.mark.parametrize("task", ["mask", "vary"])
+def test_an_edit_of_more_images_than_a_chunk_is_one_call(run_dir, tmp_path, task, name):
+    edit = make_edit(vary=0.5) if task == "vary" else make_edit()
+    sample(run_dir, tmp_path / name, edit=edit, labels=[1], num_per_class=10, batch_size=4, seed=5)
+    generator = ImageGenerator.from_checkpoint(run_dir, batch_size=4)
+    photos = edit.photo[None].repeat(10, 0)
+    if task == "vary":
+        expected = generator.vary(photos, [1] * 10, keep=0.5, seed=5).images
+    else:
+        masks = edit.mask[None].repeat(10, 0)
+        expected = generator.edit(photos, masks, [1] * 10, seed=5).images
+    if name == "x.npz":
+        np.testing.assert_array_equal(read_npz(tmp_path / name)[0], expected)
+    else:
+        grid = pictures.make_grid(expected, columns=10)
+        np.testing.assert_array_equal(read_png(tmp_path / name), grid)
+
+
+def test_an_interrupted_edit_makes_only_what_is_missing(run_dir, tmp_path, monkeypatch, capsys):
+    settings = {"edit": make_edit(vary=0.5), "labels": [1, 0], "num_per_class": 5, "batch_size": 4}
+    sample(run_dir, tmp_path / "whole.npz", **settings)
+    apply, starts = Edit.apply, []
+
+    def fail(edit, generator, labels, *, first_index, **options):
+        starts.append(first_index)
+        if first_index == 8 and starts.count(8) == 1:
+            raise KeyboardInterrupt
+        return apply(edit, generator, labels, first_index=first_index, **options)
+
+    monkeypatch.setattr(Edit, "apply", fail)
+    with pytest.raises(KeyboardInterrupt):
+        sample(run_dir, tmp_path / "x.npz", **settings)
+    capsys.readouterr()
+    sample(run_dir, tmp_path / "x.npz", **settings)
+    assert starts == [0, 4, 8, 8]
+    assert "8 of them kept from an earlier start" in capsys.readouterr().out
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["whole.npz", "x.npz"]
+
+
+def test_larger_results_may_have_more_steps(run_dir, tmp_path, capsys):
+    sample(run_dir, tmp_path / "x.npz", labels=[0], size=(16, 24), num_steps=24)
+    edit = make_edit(outpaint=(0, 0, 4, 4))
+    sample(run_dir, tmp_path / "wide.npz", labels=[0], edit=edit, num_steps=24)
+    assert capsys.readouterr().out.count("; 24 steps") == 2
+    with pytest.raises(ValueError, match="num_steps 5 is out of range; allowed: 1 to 4"):
+        sample(run_dir, tmp_path / "y.npz", labels=[0], size=(8, 8), num_steps=5)
+
+
+def test_another_number_of_devices_is_another_job(run_dir, tmp_path, monkeypatch):
+    settings = {"labels": [0], "num_per_class": 8, "batch_size": 4}
+
+    def fail(generator, labels, *, first_index, **options):
+        if first_index:
+            raise KeyboardInterrupt
+        return np.zeros((4, 16, 16, 3), np.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageGenerator, "__call__", fail)
+        with pytest.raises(KeyboardInterrupt):
+            sample(run_dir, tmp_path / "x.npz", **settings)
+    devices = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    with pytest.raises(ValueError, match="devices: 4 there, 2 now"):
+        sample(run_dir, tmp_path / "x.npz", **settings)
+
+
 def test_settings_are_the_runs_unless_given(run_dir, tmp_path, capsys):
     sample(run_dir, tmp_path / "a.npz", labels=[0, 1], num_steps=None)
     assert "2 steps, arccos increments, linear guidance 2, temp" in capsys.readouterr().out
@@ -227,6 +295,8 @@ def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, mode
         ("x.npz", {"num_steps": 17}, "num_steps 17 is out of range; allowed: 1 to 16"),
         ("x", {"labels": [0, 3]}, "label 3 is out of range; allowed: 0 to 2"),
         ("x", {"labels": [2**32]}, "label 4294967296 is out of range"),
+        ("x.png", {"num_per_class": 0}, "there are no labels"),
+        (".", {}, r"--out \. has no name; allowed: FILE\.png, FILE\.npz, a new directory"),
         ("x.png", {"temperature": -1.0}, "temperature -1.0 is out of range"),
         ("x.jpg", {}, r"ends in \.jpg; allowed: \.png, \.npz"),
         ("x.npz", {"seed": 2**32}, "seed 4294967296 is out of range"),
@@ -242,8 +312,8 @@ def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, mode
 def test_bad_settings_are_refused_and_nothing_is_written(
     run_dir, tmp_path, name, settings, message
 ):
-    with pytest.raises(ValueError, match=message):
-        sample(run_dir, tmp_path / name, **settings)
+    with contextlib.chdir(tmp_path), pytest.raises(ValueError, match=message):
+        sample(run_dir, name, **settings)
     assert not os.listdir(tmp_path)
 
 

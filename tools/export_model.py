@@ -200,9 +200,9 @@ def export_model(
         ImportError: if flatbuffers is missing.
     """
     made = ImageGenerator.from_checkpoint(workdir, tokenizer=tokenizer, batch_size=batch_size)
-    model, config = made.model.config, made.sampler(**sampler)
-    spec = made.tokenizer.spec
+    model, spec = made.model.config, made.tokenizer.spec
     grid_size = model.grid_size if size is None else spec.grid_size(*size)
+    config = made.sampler(grid_size, **sampler)
     trees = {"model": made.model.params, "tokenizer": dict(made.tokenizer.params)}
     weights = traverse_util.flatten_dict(trees, sep="/")
     run = generation.make_image_fn(model, made.tokenizer.config, config, grid_size)

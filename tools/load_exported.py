@@ -94,8 +94,9 @@ class ExportedGenerator:
     ) -> np.ndarray:
         """Generate one image per label.
 
-        Image i depends on the seed, on i and on its label. Every size of batch is compiled when it
-        first occurs; batches are padded to powers of two, so that few sizes do.
+        The random numbers of image i depend on the seed and on i alone. Another batch size rounds
+        differently, which now and then decides between two nearly equal codes. Every size of batch
+        is compiled when it first occurs; batches are padded to powers of two, so that few sizes do.
 
         Args:
             labels: classes 0…C-1; C means "no condition".

@@ -134,6 +134,7 @@ def test_another_process_without_the_package_makes_the_same_images(inputs, expor
 def test_size_and_settings_are_exported(inputs, load, tmp_path, capsys):
     path = tmp_path / "deep" / "model.mgx"
     settings = {
+        "num_steps": 17,  # more than the trained grid has tokens
         "schedule": "cosine",
         "guidance_scale": 3.0,
         "temperature_annealing": 0.5,
@@ -142,8 +143,8 @@ def test_size_and_settings_are_exported(inputs, load, tmp_path, capsys):
         "halton_roll": True,
     }
     assert run_tool(inputs, path, size="16x24", platforms="cpu", norescale=True, **settings) == 0
-    assert "16×24 pixels, 3 classes, 3 steps, for cpu;" in capsys.readouterr().out
-    settings |= {"rescale": False, "num_steps": 3}
+    assert "16×24 pixels, 3 classes, 17 steps, for cpu;" in capsys.readouterr().out
+    settings |= {"rescale": False}
     expected = make_generator(inputs)([2, 0, 1], seed=3, size=(16, 24), **settings)
     made = load(path)
     np.testing.assert_array_equal(made([2, 0, 1], seed=3), expected)
