@@ -20,8 +20,17 @@ def pytest_configure(config):
     jaxtyping.install_import_hook("maskgil_jax", "beartype.beartype")
 
 
+@pytest.fixture(scope="module")
+def _forget_programs():
+    """Leave no quickly compiled program to other modules, whose results rounding may decide."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
-def quick_compilation():
+def quick_compilation(_forget_programs):
     """Compile in half the time, to slower programs: for what does not depend on rounding."""
     import jax
 
