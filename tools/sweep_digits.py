@@ -136,7 +136,7 @@ def draw(rows: list[dict[str, Any]], axis: str, path: pathlib.Path) -> None:
     """Draw every measure over the swept setting, one line for each set of settings."""
     from matplotlib import pyplot  # an extra
 
-    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(14, 3.4), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(14, 4), layout="constrained")
     for panel, column in zip(panels, COLUMNS, strict=True):
         for name in dict.fromkeys(row["sampler"] for row in rows):
             line = [row for row in rows if row["sampler"] == name]
@@ -147,7 +147,7 @@ def draw(rows: list[dict[str, Any]], axis: str, path: pathlib.Path) -> None:
         if axis == "num_steps":
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter("{x:g}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=90)
 
 
