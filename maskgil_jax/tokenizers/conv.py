@@ -3,6 +3,7 @@
 A family's configuration adds its own fields, its module and the width of its codes.
 """
 
+import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvTokenizerConfig:
+class ConvTokenizerConfig(abc.ABC):
     """Levels, widths and computation of a convolutional tokenizer.
 
     codebook_size: number of codes.
@@ -64,9 +65,9 @@ class ConvTokenizerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
+    @abc.abstractmethod
     def code_width(self) -> int:
         """Width of a code."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how wide its codes are")
 
     @property
     def downsample_factor(self) -> int:
@@ -99,6 +100,6 @@ class ConvTokenizerConfig:
         fields = dataclasses.asdict(self)
         return fields | {"channel_multipliers": list(self.channel_multipliers)}
 
+    @abc.abstractmethod
     def make_module(self) -> nn.Module:
         """Return the Flax module of these sizes."""
-        raise NotImplementedError(f"{type(self).__name__} has no module")

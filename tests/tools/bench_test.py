@@ -203,7 +203,7 @@ def test_encoding_is_reported_in_images_per_second(capsys):
 
 
 def test_sampling_peer_gives_our_images():
-    from benchmarks import ours, torch_sampling
+    from benchmarks import ours, torch_sampling, torch_vq
 
     greedy = dict(num_steps=4, guidance_scale=3.0, temperature=0.0, gumbel_temperature=0.0)
     us = ours.OursSampler("tiny", 2, greedy)
@@ -216,7 +216,7 @@ def test_sampling_peer_gives_our_images():
     )
     tokens, images = us.sample_tokens(), us.sample()
     assert len(np.unique(tokens)) > 5
-    for layout in torch_sampling.LAYOUTS:
+    for layout in torch_vq.LAYOUTS:
         peer = torch_sampling.TorchSampler(
             us.model,
             us.params,
@@ -248,15 +248,15 @@ def test_rows_of_the_sampler_are_ratios_of_what_they_report(row, capsys):
 
 
 def test_drift_voids_a_result():
-    from benchmarks import rows, timing
+    from benchmarks import results, timing
 
     times = dict(seconds={}, ceilings=np.array([1e9]), before=1e9)
     fields = dict(row="x", name="x", ratio=2.0, goal=1.5, spread=0.1, figures={})
-    good = rows.Result(times=timing.Times(after=0.96e9, **times), **fields).to_dict()
-    bad = rows.Result(times=timing.Times(after=0.94e9, **times), **fields).to_dict()
+    good = results.Result(times=timing.Times(after=0.96e9, **times), **fields).to_dict()
+    bad = results.Result(times=timing.Times(after=0.94e9, **times), **fields).to_dict()
     assert (good["void"], bad["void"]) == (False, True)
     assert good["met"] is True
-    lower = rows.Result(times=timing.Times(after=1e9, **times), better="lower", **fields)
+    lower = results.Result(times=timing.Times(after=1e9, **times), better="lower", **fields)
     assert lower.to_dict()["met"] is False
 
 

@@ -3,23 +3,19 @@
 import dataclasses
 import functools
 import importlib.util
-import os
-import pathlib
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 from benchmarks import ours
-from benchmarks.timing import MAX_DRIFT, Effort, Times, measure
+from benchmarks.results import CPU, GPU, Result, gflops, seconds, summarise
+from benchmarks.timing import Effort, measure
 from jax.experimental.compilation_cache import compilation_cache
 
 from maskgil_jax.build import tasks as build
 
-CPU, GPU = "cpu", "gpu"
 SAMPLER = {
     "num_steps": 8,
     "schedule": "arccos",
@@ -28,82 +24,6 @@ SAMPLER = {
     "temperature": 1.0,
     "gumbel_temperature": 4.5,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """One ratio.
-
-    Attributes:
-        row: key of the row in the table.
-        name: what is divided by what.
-        ratio: median over the blocks.
-        goal: what the ratio should reach; `None` where none is set for this size and device.
-        better: `higher` or `lower`.
-        spread: (largest - smallest) / median of the blocks' ratios.
-        times: the measurement behind it.
-        figures: raw figures, each name ending in its unit.
-    """
-
-    row: str
-    name: str
-    ratio: float
-    goal: float | None
-    better: str = "higher"
-    spread: float
-    times: Times
-    figures: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields of the JSON line."""
-        met = None
-        if self.goal is not None:
-            met = self.ratio >= self.goal if self.better == "higher" else self.ratio <= self.goal
-        return {
-            "row": self.row,
-            "name": self.name,
-            "ratio": round(self.ratio, 3),
-            "goal": self.goal,
-            "better": self.better,
-            "met": met,
-            "spread": round(self.spread, 3),
-            "void": self.times.drift > MAX_DRIFT,
-            "hardware": describe_hardware(),
-            "versions": describe_versions(),
-            "ceiling_gflops": _gflops(np.median(self.times.ceilings)),
-            "ceiling_drift": round(self.times.drift, 4),
-            **self.figures,
-        }
-
-
-def summarise(ratios: np.ndarray) -> dict[str, Any]:
-    """Return median and spread of the blocks' ratios."""
-    median = float(np.median(ratios))
-    return {"ratio": median, "spread": float(np.ptp(ratios)) / median}
-
-
-def describe_hardware() -> str:
-    """Return the name of the device and, for a CPU, how many cores this process may use."""
-    if jax.default_backend() != CPU:
-        return f"one {jax.devices()[0].device_kind}"
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(models or [platform.processor()])[0]}, {len(os.sched_getaffinity(0))} cores"
-
-
-def describe_versions() -> str:
-    """Return the versions of the libraries that do the work."""
-    names = ["jax", "flax"] + (["torch"] if importlib.util.find_spec("torch") else [])
-    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
-
-
-def _gflops(flops_per_second: float) -> float:
-    return float(f"{flops_per_second / 1e9:.4g}")
-
-
-def _seconds(times: Times, name: str) -> float:
-    return float(f"{np.median(times.seconds[name]):.4g}")
 
 
 def training_rate(
@@ -123,8 +43,8 @@ def training_rate(
         figures={
             "batch": batch_size,
             "dtype": dtype,
-            "step_seconds": _seconds(times, "step"),
-            "step_gflops": _gflops(np.median(rates)),
+            "step_seconds": seconds(times, "step"),
+            "step_gflops": gflops(np.median(rates)),
             "images_per_second": round(batch_size / float(np.median(times.seconds["step"])), 2),
         },
     )
@@ -157,7 +77,7 @@ def against_torch(
         smoothing=config.training.label_smoothing,
         condition_dropout=config.training.condition_dropout,
         batch=ours.draw_batch(config),
-        device="cpu" if jax.default_backend() == CPU else "cuda",
+        device=_torch_device(),
         compiled=compiled,
     )
     flops = {"forward": ours.forward_flops(model), "train": ours.training_flops(model)}
@@ -176,9 +96,9 @@ def against_torch(
             figures={
                 "batch": batch_size,
                 "dtype": dtype,
-                **{f"{side}_seconds": _seconds(times, side) for side in contenders},
+                **{f"{side}_seconds": seconds(times, side) for side in contenders},
                 **{
-                    f"{side}_gflops": _gflops(work / np.median(times.seconds[side]))
+                    f"{side}_gflops": gflops(work / np.median(times.seconds[side]))
                     for side in contenders
                 },
             },
@@ -186,74 +106,89 @@ def against_torch(
 
 
 def encoding_against_torch(row: str, size: str, effort: Effort, *, goal: float) -> Iterator[Result]:
-    """Measure how many times as fast as PyTorch we turn images into tokens.
+    """Measure how many times as fast as PyTorch we turn images into tokens."""
+    from benchmarks.torch_vq import LAYOUTS, TorchVQSide
 
-    PyTorch is measured in both memory layouts, and the faster one counts.
-    """
-    from benchmarks.torch_vq import TorchVQSide
-
-    device = "cpu" if jax.default_backend() == CPU else "cuda"
     encodings = ours.TRIAL_ENCODINGS if size == ours.TRIAL_SIZE else ours.ENCODINGS
     for encoding in encodings:
         params, images = encoding.init_params(), encoding.draw_images()
-        contenders = {"ours": ours.OursVQ(encoding, params).encode}
-        for layout in ("nchw", "channels_last"):
-            side = TorchVQSide(encoding.config, params, images, layout=layout, device=device)
-            contenders[layout] = side.encode
-        times = measure(contenders, "float32", effort)
-        best = min(("nchw", "channels_last"), key=lambda name: np.median(times.seconds[name]))
-        rates = {name: encoding.batch_size / np.median(times.seconds[name]) for name in contenders}
-        yield Result(
+        device = _torch_device()
+        peers = {
+            layout: TorchVQSide(encoding.config, params, images, layout=layout, device=device)
+            for layout in LAYOUTS
+        }
+        yield _against_layouts(
+            ours.OursVQ(encoding, params).encode,
+            {layout: peer.encode for layout, peer in peers.items()},
+            effort,
             row=row,
             name=f"encoding, images/s ÷ PyTorch eager float32, LlamaGen-VQ, {encoding}",
-            **summarise(times.seconds[best] / times.seconds["ours"]),
             goal=goal,
-            times=times,
-            figures={
-                "batch": encoding.batch_size,
-                "dtype": "float32",
-                "torch_layout": best,
-                **{f"{name}_images_per_second": float(f"{r:.4g}") for name, r in rates.items()},
-            },
+            batch_size=encoding.batch_size,
+            settings={},
         )
 
 
 def sampling_against_torch(
     row: str, size: str, effort: Effort, *, batch_size: int, goal: float
 ) -> Iterator[Result]:
-    """Measure how many times as fast as PyTorch we turn labels into pixels.
-
-    PyTorch decodes its pixels in the faster of both memory layouts.
-    """
-    from benchmarks.torch_sampling import LAYOUTS, TorchSampler
+    """Measure how many times as fast as PyTorch we turn labels into pixels."""
+    from benchmarks.torch_sampling import TorchSampler
+    from benchmarks.torch_vq import LAYOUTS
 
     us = ours.OursSampler(size, batch_size, SAMPLER)
-    device = "cpu" if jax.default_backend() == CPU else "cuda"
     shared = (us.model, us.params, us.vq, us.vq_params)
     settings = {k: v for k, v in SAMPLER.items() if k != "guidance_schedule"}
     peers = {
         layout: TorchSampler(
-            *shared, labels=us.labels, settings=settings, layout=layout, device=device
+            *shared, labels=us.labels, settings=settings, layout=layout, device=_torch_device()
         )
         for layout in LAYOUTS
     }
-    contenders: dict[str, Callable[[], Any]] = {"ours": us.sample}
-    contenders |= {layout: peer.sample for layout, peer in peers.items()}
-    times = measure(contenders, "float32", effort)
-    best = min(LAYOUTS, key=lambda name: np.median(times.seconds[name]))
-    rates = {name: batch_size / np.median(times.seconds[name]) for name in contenders}
-    yield Result(
+    yield _against_layouts(
+        us.sample,
+        {layout: peer.sample for layout, peer in peers.items()},
+        effort,
         row=row,
         name=f"sampling with decode, images/s ÷ PyTorch eager float32, {size.upper()}",
+        goal=goal,
+        batch_size=batch_size,
+        settings=SAMPLER,
+    )
+
+
+def _torch_device() -> str:
+    return "cpu" if jax.default_backend() == CPU else "cuda"
+
+
+def _against_layouts(
+    us: Callable[[], Any],
+    peers: Mapping[str, Callable[[], Any]],
+    effort: Effort,
+    *,
+    row: str,
+    name: str,
+    goal: float,
+    batch_size: int,
+    settings: Mapping[str, Any],
+) -> Result:
+    """Compare images per second with PyTorch in each memory layout; the fastest one counts."""
+    contenders = {"ours": us, **peers}
+    times = measure(contenders, "float32", effort)
+    best = min(peers, key=lambda layout: np.median(times.seconds[layout]))
+    rates = {side: batch_size / np.median(times.seconds[side]) for side in contenders}
+    return Result(
+        row=row,
+        name=name,
         **summarise(times.seconds[best] / times.seconds["ours"]),
         goal=goal,
         times=times,
         figures={
             "batch": batch_size,
             "dtype": "float32",
-            **SAMPLER,
+            **settings,
             "torch_layout": best,
-            **{f"{name}_images_per_second": float(f"{r:.4g}") for name, r in rates.items()},
+            **{f"{side}_images_per_second": float(f"{r:.4g}") for side, r in rates.items()},
         },
     )
 
@@ -274,7 +209,7 @@ def sampler_tail(
         figures={
             "batch": batch_size,
             "dtype": "float32",
-            **{f"{name}_seconds": _seconds(times, name) for name in ("tail", "forward")},
+            **{f"{name}_seconds": seconds(times, name) for name in ("tail", "forward")},
         },
     )
 
@@ -316,7 +251,7 @@ def warm_cache(
         goal=goal,
         better="lower",
         times=times,
-        figures={f"{name}_seconds": _seconds(times, name) for name in contenders},
+        figures={f"{name}_seconds": seconds(times, name) for name in contenders},
     )
 
 
@@ -341,7 +276,7 @@ def compile_time(
         goal=goal,
         better="lower",
         times=times,
-        figures={f"seconds_{n}_layers": _seconds(times, str(n)) for n in layers},
+        figures={f"seconds_{n}_layers": seconds(times, str(n)) for n in layers},
     )
 
 

@@ -13,8 +13,6 @@ from maskgil_torch import generate
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.tokenizers.vq import VQConfig
 
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
 
 class TorchSampler:
     """The peer generating one batch, float32, with our weights.
@@ -50,7 +48,7 @@ class TorchSampler:
         decoder = torch_vq.TorchDecoder(vq)
         torch_vq.load_flax_params(decoder, vq_params)
         convert: Any = decoder.eval().to(device).to  # its stubs do not know the keyword
-        self._decoder = convert(memory_format=LAYOUTS[layout])
+        self._decoder = convert(memory_format=torch_vq.LAYOUTS[layout])
         self._labels = torch.tensor(labels, device=device)
         self._settings = settings
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from maskgil_jax.tokenizers.vq import VQConfig
 
 GROUPS, EPSILON = 32, 1e-6
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class Normed(nn.Module):
@@ -185,8 +186,7 @@ class TorchVQSide:
         self, config: VQConfig, params: Any, images: np.ndarray, *, layout: str, device: str
     ):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-        memory = formats[layout]
+        memory = LAYOUTS[layout]
         model = TorchEncoder(config).eval()
         load_flax_params(model, params)
         convert: Any = model.to(device).to  # its stubs do not know the keyword
