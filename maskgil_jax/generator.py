@@ -17,6 +17,7 @@ from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked
 from maskgil_jax.generation import (
     Callback,
+    Generation,
     Labels,
     check_batch_size,
     decode_images,
@@ -30,22 +31,6 @@ from maskgil_jax.pictures import grey_out, to_float
 from maskgil_jax.tokenizers.base import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What a generation made.
-
-    Attributes:
-        images: uint8 [b H W c].
-        tokens: int32 [b gh gw].
-        trace: int32 [t b gh gw], the tokens after every step, masked ones as the mask token; or
-            `None` if it was not asked for.
-    """
-
-    images: np.ndarray
-    tokens: np.ndarray
-    trace: np.ndarray | None = None
-
-
 class ImageGenerator:
     """A model and its tokenizer, ready to generate and to edit.
 
@@ -53,8 +38,9 @@ class ImageGenerator:
         images = generator([3, 1, 4], seed=0, num_steps=8, guidance_scale=2.0)
 
     Sampler settings that a call leaves out are those of the run that trained the model; they are
-    the fields of `SamplerConfig`. The first call with other settings, another size or a larger
-    batch compiles; batches are padded to powers of two, so that few sizes occur.
+    the fields of `SamplerConfig`. A call compiles where no earlier one had the same program (number
+    of steps, order, kind of remasking, top-k, which steps are guided), size and batch; batches are
+    padded to powers of two, so that few sizes occur. All other settings are numbers given to it.
 
     The random numbers of image i depend on the seed and on i alone. In float32 on a CPU so does the
     image, but for what rounding does: another batch size or number of devices sums in another
@@ -90,6 +76,9 @@ class ImageGenerator:
         self.batch_size = batch_size
         self.mesh = mesh or sharding.make_mesh({"data": -1})
         self._params = place(model.params, self.mesh)
+        self._decoder = dataclasses.replace(
+            tokenizer, params=place(dict(tokenizer.params), self.mesh)
+        )
 
     @classmethod
     def from_checkpoint(
@@ -162,7 +151,7 @@ class ImageGenerator:
         Raises:
             ValueError: if a label, the seed, the size or a setting is not allowed.
         """
-        tokens, trace = self._codes(
+        made = self._generate(
             labels,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
@@ -172,8 +161,7 @@ class ImageGenerator:
             return_trace=return_trace,
             **sampler,
         )
-        images = self.decode(tokens)
-        return Generation(images=images, tokens=tokens, trace=trace) if return_trace else images
+        return made if return_trace else made.images
 
     def tokens(
         self,
@@ -191,13 +179,14 @@ class ImageGenerator:
         """
         if "return_trace" in sampler:
             raise ValueError("return_trace has no meaning here; call the generator itself")
-        return self._codes(
+        return self._generate(
             labels,
+            decode=False,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
             seed=seed,
             **sampler,
-        )[0]
+        ).tokens
 
     def edit(
         self,
@@ -234,7 +223,7 @@ class ImageGenerator:
         regions = editing.token_mask(masks, factor, grow)
         editing.check_regions(regions)
         start = np.where(regions, self.model.config.mask_token_id, self.encode(images))
-        made = self._complete(labels, start, **options)
+        made = self._generate(labels, start, **options)
         blended = editing.composite(images, made.images, masks, feather)
         return dataclasses.replace(made, images=blended)
 
@@ -287,7 +276,7 @@ class ImageGenerator:
         known = self.encode(images)
         kept = editing.draw_kept(known.shape, keep, seed, first_index)
         start = np.where(kept, known, self.model.config.mask_token_id)
-        return self._complete(labels, start, seed=seed, first_index=first_index, **options)
+        return self._generate(labels, start, seed=seed, first_index=first_index, **options)
 
     def encode(self, images: UInt8[np.ndarray, "b H W c"]) -> Int[np.ndarray, "b gh gw"]:
         """Turn uint8 images into codes.
@@ -350,15 +339,12 @@ class ImageGenerator:
             return self.model.config.grid_size
         return self.tokenizer.spec.grid_size(*size)
 
-    def _complete(self, labels: Labels, start: np.ndarray, **options: Any) -> Generation:
-        tokens, trace = self._codes(labels, start=start, **options)
-        return Generation(images=self.decode(tokens), tokens=tokens, trace=trace)
-
-    def _codes(
+    def _generate(
         self,
         labels: Labels,
-        *,
         start: np.ndarray | None = None,
+        *,
+        decode: bool = True,
         grid_size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
         seed: int = 0,
@@ -366,7 +352,7 @@ class ImageGenerator:
         callback: Callback | None = None,
         return_trace: bool = False,
         **sampler: Any,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> Generation:
         model = self.model.config
         if rope_interpolation:
             if not isinstance(model, MaskGILConfig):
@@ -379,6 +365,7 @@ class ImageGenerator:
             self._params,
             labels,
             self.sampler(grid_size, **sampler),
+            tokenizer=self._decoder if decode else None,
             seed=seed,
             batch_size=self.batch_size,
             mesh=self.mesh,

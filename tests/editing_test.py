@@ -250,7 +250,7 @@ def one_empty_mask():
 def test_edits_that_cannot_be_made_are_refused_before_anything_is_generated(
     generator, monkeypatch, call, match
 ):
-    def never(*args):
+    def never(*args, **options):
         raise AssertionError("a program was made")
 
     monkeypatch.setattr(generation, "make_generate_fn", never)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.models.maskgil import MaskGILConfig
 
 TINY = dict(
     num_layers=2,
@@ -27,7 +27,8 @@ def boxed_params(config):
     """Shapes and logical axes of a model's parameters; nothing is allocated."""
     gh, gw = config.grid_size
     tokens, labels = np.zeros((1, gh, gw), np.int32), np.zeros(1, np.int32)
-    return jax.eval_shape(MaskGIL(config).init, jax.random.key(0), tokens, labels)["params"]
+    module = config.make_module()
+    return jax.eval_shape(module.init, jax.random.key(0), tokens, labels)["params"]
 
 
 def random_params(config, seed=0):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
-from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.decoding.prediction import Predictor
+from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
@@ -203,15 +204,20 @@ def training_apply(config: TokenModelConfig) -> Callable[..., Any]:
     return apply
 
 
-def logits_fn(config: TokenModelConfig, grid_size: tuple[int, int] | None = None):
-    """Return `(params, tokens [b, l], labels) → logits [b, l, v]`, what the decoder calls."""
-    module = config.make_module()
+def make_predictor(
+    config: TokenModelConfig, params: Any, grid_size: tuple[int, int] | None = None
+) -> Predictor:
+    """Return what the decoder asks of a model, on a grid; the configured one if `None`."""
+    module, variables = config.make_module(), {"params": params}
     gh, gw = grid_size or config.grid_size
 
-    def apply(params, tokens, labels):
-        return module.apply({"params": params}, tokens.reshape(-1, gh, gw), labels)
+    def features(tokens, labels):
+        return module.apply(variables, tokens.reshape(-1, gh, gw), labels, method="features")
 
-    return apply
+    def head(features, positions):
+        return module.apply(variables, features, positions, method="logits")
+
+    return Predictor(features=features, head=head)
 
 
 def init_model(config: TokenModelConfig) -> Callable[[Any], Any]:

@@ -5,6 +5,7 @@ Reference: LlamaGen, `generate.py` (top-k, then top-p); Holtzman et al., 2020 (t
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -21,7 +22,9 @@ def keep_top_k(logits: Float[Array, "b l k"], top_k: int) -> Float[Array, "b l k
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def keep_top_p(logits: Float[Array, "b l k"], top_p: float) -> Float[Array, "b l k"]:
+def keep_top_p(
+    logits: Float[Array, "b l k"], top_p: float | np.floating | Array
+) -> Float[Array, "b l k"]:
     """Forbid (-inf) all but the fewest most likely codes whose probabilities sum to `top_p`.
 
     A code stays if those before it sum to less than `top_p`, so there is always one; codes that tie
@@ -29,7 +32,7 @@ def keep_top_p(logits: Float[Array, "b l k"], top_p: float) -> Float[Array, "b l
 
     Args:
         logits: float32.
-        top_p: in (0, 1].
+        top_p: in (0, 1], may be traced.
     """
     falling = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(falling, axis=-1)

@@ -4,18 +4,12 @@ Reference: MaskGIL section 3.2; released code (linear ramp); Gao et al., 2023 (p
 Kynkäänniemi et al., 2024 (guidance in an interval only).
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from maskgil_jax.masking import check_choice
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power_cosine")
-LogitsFn = Callable[[Int[Array, "b l"], Any], Float[Array, "b l v"]]
 
 
 def guidance_scales(
@@ -61,28 +55,13 @@ def guidance_scales(
 
 
 def guide(
-    logits_fn: LogitsFn,
-    tokens: Int[Array, "b l"],
-    condition: Any,
-    null_condition: Any,
-    scale: Float[Array, ""],
-) -> Float[Array, "b l v"]:
-    """Return guided logits; where the scale is 1 the unconditional pass is not computed.
+    cond: Float[Array, "b n v"], uncond: Float[Array, "b n v"], scale: Float[Array, ""]
+) -> Float[Array, "b n v"]:
+    """Return guided logits.
 
     Args:
-        logits_fn: maps tokens and a condition to logits.
-        tokens: current tokens.
-        condition: pytree with a leading batch axis.
-        null_condition: the same pytree, meaning "no condition".
+        cond: logits with the condition.
+        uncond: logits without.
         scale: guidance scale s of this step, may be traced.
     """
-
-    def conditional():
-        return logits_fn(tokens, condition)
-
-    def doubled():
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, null_condition)
-        cond, uncond = jnp.split(logits_fn(jnp.concatenate([tokens, tokens]), both), 2)
-        return uncond + scale * (cond - uncond)
-
-    return jax.lax.cond(scale == 1, conditional, doubled)
+    return uncond + scale * (cond - uncond)

@@ -17,18 +17,21 @@ sections 3 and 4.1.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from maskgil_jax import masking
 
 REMASKING = ("none", "cap", "rescale")
 CHOICES = ("random", "confidence")
+# May be traced.
+Number = float | np.floating | Array
 # Apart from the keys of drawing and ordering, which a step splits off.
 _REMASK = 2**31 - 2
 
 
 def expected_count(
-    kind: str, strength: float, decoded: Int[Array, " b"], left: Int[Array, " b"]
+    kind: str, strength: Number, decoded: Int[Array, " b"], left: Int[Array, " b"]
 ) -> Float[Array, " b"]:
     """Return σ·decoded, the mean number of tokens that a step takes back.
 
@@ -51,7 +54,7 @@ def draw_remasked(
     left: Int[Array, " b"],
     *,
     kind: str,
-    strength: float,
+    strength: Number,
     choice: str,
 ) -> Bool[Array, "b l"]:
     """Mark the tokens that a step takes back.

@@ -1,7 +1,9 @@
 """What the class-conditional models of masked image tokens have in common: their contract.
 
 A model's module is called with `(tokens [b gh gw], labels [b], train=False)` and returns float32
-logits [b, gh·gw, K+1]. In training it sows the size of its residual stream as
+logits [b, gh·gw, K+1]. The decoder calls its two parts: the method `features`, with the same
+arguments, gives [b, gh·gw, e], and `logits` maps some of them and their raster positions [b, n] to
+[b, n, K+1]. In training it sows the size of its residual stream as
 `transformer/output_norm` in the collection `intermediates`.
 """
 

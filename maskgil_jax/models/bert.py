@@ -160,7 +160,20 @@ class BidirectionalTransformer(nn.Module):
 
     config: BidirectionalTransformerConfig
 
-    @nn.compact
+    def setup(self):
+        """Create the parameters and submodules."""
+        cfg, length = self.config, self.config.seq_len
+        shape = (cfg.table_size, cfg.width)
+        self.token_embed = self.param("token_embed", weight_init("vocab", "embed"), shape)
+        self.position_embed = self.param(
+            "position_embed", weight_init(None, "length", "embed"), (1, length + 1, cfg.width)
+        )
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("length", "vocab"))
+        self.bias = self.param("bias", zeros, (length + 1, cfg.table_size))
+        self.first_layer = OuterLayer(cfg, second=True)
+        self.transformer = Stack(cfg)
+        self.last_layer = OuterLayer(cfg, second=False)
+
     def __call__(
         self,
         tokens: Int[Array | np.ndarray, "b gh gw"],
@@ -177,6 +190,20 @@ class BidirectionalTransformer(nn.Module):
         Raises:
             ValueError: if the grid is not the configured one, for which the positions were learned.
         """
+        bias = jnp.asarray(self.bias)[None, :-1, : self.config.codebook_size + 1]
+        return self._project(self.features(tokens, labels, train)) + bias
+
+    def features(
+        self,
+        tokens: Int[Array | np.ndarray, "b gh gw"],
+        labels: Labels,
+        train: bool = False,
+    ) -> Float[Array, "b l e"]:
+        """Return what the head reads, of every image token; the arguments are those of a call.
+
+        Raises:
+            ValueError: if the grid is not the configured one.
+        """
         cfg = self.config
         b, gh, gw = tokens.shape
         if (gh, gw) != cfg.grid_size:
@@ -184,22 +211,25 @@ class BidirectionalTransformer(nn.Module):
                 f"a grid of {gh}×{gw} tokens has no learned positions; this model serves "
                 f"{cfg.grid_size[0]}×{cfg.grid_size[1]}"
             )
-        rows, length = cfg.codebook_size + 1, cfg.seq_len
-        shape = (cfg.table_size, cfg.width)
-        table = self.param("token_embed", weight_init("vocab", "embed"), shape)
-        positions = self.param(
-            "position_embed", weight_init(None, "length", "embed"), (1, length + 1, cfg.width)
-        )
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("length", "vocab"))
-        bias = jnp.asarray(self.param("bias", zeros, (length + 1, cfg.table_size)))
-        image = jnp.asarray(table)[tokens.reshape(b, length)]
-        condition = embed_labels(jnp.asarray(table), labels, rows)
-        x = jnp.concatenate([image, condition], axis=1) + positions
+        table = jnp.asarray(self.token_embed)
+        image = table[tokens.reshape(b, cfg.seq_len)]
+        condition = embed_labels(table, labels, cfg.codebook_size + 1)
+        x = jnp.concatenate([image, condition], axis=1) + self.position_embed
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        x = OuterLayer(cfg, second=True, name="first_layer")(x, train)
-        x = Stack(cfg, name="transformer")(x, train)
-        x = OuterLayer(cfg, second=False, name="last_layer")(x[:, :length], train)
+        x = self.transformer(self.first_layer(x, train), train)
+        return self.last_layer(x[:, : cfg.seq_len], train)
+
+    def logits(
+        self, features: Float[Array, "b n e"], positions: Int[Array, "b n"]
+    ) -> Float[Array, "b n v"]:
+        """Return the logits of some features, given their raster positions in the image."""
+        bias = jnp.asarray(self.bias)[:, : self.config.codebook_size + 1]
+        return self._project(features) + bias[positions]
+
+    def _project(self, features: Float[Array, "b n e"]) -> Float[Array, "b n v"]:
         # The head is the table's rows of codes and mask; nobody asks for classes.
-        head = jnp.pad(table[:rows].astype(x.dtype), ((0, cfg.head_padding), (0, 0)))
-        logits = jnp.einsum("ble,ve->blv", x, head, preferred_element_type=jnp.float32)
-        return logits[..., :rows] + bias[None, :length, :rows]
+        rows = self.config.codebook_size + 1
+        head = jnp.asarray(self.token_embed)[:rows].astype(features.dtype)
+        head = jnp.pad(head, ((0, self.config.head_padding), (0, 0)))
+        logits = jnp.einsum("bne,ve->bnv", features, head, preferred_element_type=jnp.float32)
+        return logits[..., :rows]

@@ -130,7 +130,19 @@ class MaskGIL(nn.Module):
 
     config: MaskGILConfig
 
-    @nn.compact
+    def setup(self):
+        """Create the submodules."""
+        cfg = self.config
+        if cfg.embeddings == "shared":
+            count = cfg.codebook_size + 1 + cfg.num_classes + 1
+            self.token_embed = Embedding(count, cfg.width)
+        else:
+            self.token_embed = Embedding(cfg.codebook_size + 1, cfg.width)
+            self.label_embed = Embedding(cfg.num_classes + 1, cfg.width)
+        self.dropout = nn.Dropout(cfg.embedding_dropout)
+        self.transformer = Transformer(_stack_config(cfg))
+        self.head = Head(cfg)
+
     def __call__(
         self,
         tokens: Int[Array | np.ndarray, "b gh gw"],
@@ -144,25 +156,34 @@ class MaskGIL(nn.Module):
             labels: classes 0…C-1, or C for "no condition"; or float mixtures of them [b, C+1].
             train: whether dropout is on (needs an rng named `dropout`).
         """
+        return self.head(self.features(tokens, labels, train))
+
+    def features(
+        self,
+        tokens: Int[Array | np.ndarray, "b gh gw"],
+        labels: Labels,
+        train: bool = False,
+    ) -> Float[Array, "b l e"]:
+        """Return what the head reads, of every image token; the arguments are those of a call."""
         cfg = self.config
         b, gh, gw = tokens.shape
-        flat = tokens.reshape(b, gh * gw)
+        image = self.token_embed(tokens.reshape(b, gh * gw))
         if cfg.embeddings == "shared":
-            count = cfg.codebook_size + 1 + cfg.num_classes + 1
-            embed = Embedding(count, cfg.width, name="token_embed")
-            image, condition = embed(flat), embed.embed_labels(labels, cfg.codebook_size + 1)
+            condition = self.token_embed.embed_labels(labels, cfg.codebook_size + 1)
         else:
-            image = Embedding(cfg.codebook_size + 1, cfg.width, name="token_embed")(flat)
-            table = Embedding(cfg.num_classes + 1, cfg.width, name="label_embed")
-            condition = table.embed_labels(labels)
+            condition = self.label_embed.embed_labels(labels)
         first = cfg.condition == "first"
         x = jnp.concatenate([condition, image] if first else [image, condition], axis=1)
-        x = nn.Dropout(cfg.embedding_dropout, deterministic=not train)(x)
+        x = self.dropout(x, deterministic=not train)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        x = Transformer(_stack_config(cfg), name="transformer")(
-            x, cfg.rope_table((gh, gw)), None, train
-        )
-        return Head(cfg, name="head")(x[:, 1:] if first else x[:, :-1])
+        x = self.transformer(x, cfg.rope_table((gh, gw)), None, train)
+        return x[:, 1:] if first else x[:, :-1]
+
+    def logits(
+        self, features: Float[Array, "b n e"], positions: Int[Array, "b n"]
+    ) -> Float[Array, "b n v"]:
+        """Return the logits of some features, whatever their positions in the image."""
+        return self.head(features)
 
 
 def _stack_config(config: MaskGILConfig) -> TransformerConfig:

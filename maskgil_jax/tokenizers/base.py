@@ -95,6 +95,10 @@ class TokenizerConfig(Protocol):
     family: ClassVar[str]
     lookup_free: ClassVar[bool]
 
+    def __hash__(self) -> int:
+        """Tell equal configurations by equal numbers: programs are kept by configuration."""
+        ...
+
     @property
     def spec(self) -> TokenizerSpec:
         """What models and datasets must know of this tokenizer."""

@@ -9,7 +9,7 @@ from goldens_lib import load_golden
 
 from maskgil_jax import masking
 from maskgil_jax.convert import import_state_dict
-from maskgil_jax.decoding import masked
+from maskgil_jax.decoding import masked, prediction
 from maskgil_jax.decoding.masked import SamplerConfig
 from maskgil_jax.models.maskgil import MaskGIL
 
@@ -47,6 +47,25 @@ def decode(tokens, sampler, *, logits_fn=toy_logits, seed=0, null=True, first=0)
     rngs = masked.image_keys(seed, indices)
     result = run(tokens, indices % NULL, rngs, logits_fn=logits_fn, sampler=sampler, null=null)
     return jax.tree.map(np.asarray, result)
+
+
+def make_batch(tokens, sampler, condition=None, null_condition=None, *, mask=2, counts=None):
+    """A batch of images 0, 1, … whose steps reveal as many tokens as told, or as the sampler says.
+
+    The schedule has no place for `counts` of more tokens than there are.
+    """
+    if counts is None:
+        plan = sampler.plan(jnp.sum(tokens == mask, axis=1), tokens.shape[1])
+    else:
+        enough = jnp.full(len(tokens), sampler.num_steps)
+        plan = dataclasses.replace(sampler.plan(enough, sampler.num_steps), counts=counts)
+    return masked.Batch(
+        tokens=tokens,
+        condition=condition,
+        null_condition=null_condition,
+        rngs=masked.image_keys(0, np.arange(len(tokens))),
+        plan=plan,
+    )
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, LENGTH])
@@ -210,15 +229,11 @@ def test_any_loop_may_drive_the_step(changes):
     sampler = SamplerConfig(num_steps=5, remasking_strength=0.5, **changes)
     tokens, labels = start_tokens(12, 7), jnp.arange(2)
     fused, trace = decode(tokens, sampler)
-    counts = sampler.reveal_counts(jnp.sum(tokens == MASK, axis=1), LENGTH)
+    batch = make_batch(tokens, sampler, labels, jnp.full_like(labels, NULL), mask=MASK)
     step = masked.make_step(
-        toy_logits,
-        tokens,
-        labels,
-        jnp.full_like(labels, NULL),
-        masked.image_keys(0, [0, 1]),
-        counts,
-        sampler,
+        prediction.whole(toy_logits),
+        batch,
+        sampler.program(),
         mask_token_id=MASK,
         grid_size=(3, 4),
     )
@@ -241,10 +256,9 @@ def reveal_rates(images=6000):
     sampler = SamplerConfig(
         num_steps=3, temperature=0.0, guidance_scale=1.0, gumbel_temperature=0.5
     )
-    rngs = masked.image_keys(0, np.arange(images))
-    counts = jnp.ones((images, 3), jnp.int32)
-    tokens = jnp.full((images, 2), 2)
-    step = masked.make_step(logits_fn, tokens, None, None, rngs, counts, sampler, mask_token_id=2)
+    tokens, counts = jnp.full((images, 2), 2), jnp.ones((images, 3), jnp.int32)
+    batch = make_batch(tokens, sampler, counts=counts)
+    step = masked.make_step(prediction.whole(logits_fn), batch, sampler.program(), mask_token_id=2)
     state = masked.start_state(tokens)
     return [float(np.mean(step(i, state).tokens[:, 0] == 0)) for i in range(3)]
 
@@ -265,16 +279,11 @@ def test_the_last_step_has_no_noise():
 def coin_tosses(step, reveal, images=4000):
     """Tokens [images, 2] after one step that reveals `reveal` of two fair coins."""
     sampler = SamplerConfig(num_steps=3, guidance_scale=1.0)
-    rngs, counts = masked.image_keys(0, np.arange(images)), jnp.full((images, 3), reveal)
-    tokens = jnp.full((images, 2), 2)
+    tokens, counts = jnp.full((images, 2), 2), jnp.full((images, 3), reveal)
     toss = masked.make_step(
-        lambda tokens, _: jnp.zeros((*tokens.shape, 3)),
-        tokens,
-        None,
-        None,
-        rngs,
-        counts,
-        sampler,
+        prediction.whole(lambda tokens, _: jnp.zeros((*tokens.shape, 3))),
+        make_batch(tokens, sampler, counts=counts),
+        sampler.program(),
         mask_token_id=2,
     )
     return np.asarray(jax.jit(toss)(step, masked.start_state(tokens)).tokens)

@@ -18,8 +18,8 @@ from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build_training
 from maskgil_jax.build.tasks import Task
-from maskgil_jax.decoding import masked
-from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.decoding import masked, prediction
+from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.loading import Model
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
@@ -225,7 +225,7 @@ class OursSampler:
 
     def sample(self) -> np.ndarray:
         """Return uint8 images [b, H, W, 3]."""
-        return self._generator.decode(self.sample_tokens())
+        return self._generator(self.labels, **self._settings)
 
     def sample_tokens(self) -> np.ndarray:
         """Return the codes [b, gh, gw] only."""
@@ -247,25 +247,28 @@ class SamplerTail:
         length, mask = model.seq_len, model.mask_token_id
         tokens = jnp.full((batch_size, length), mask)
         labels, null = jnp.zeros(batch_size, jnp.int32), jnp.full(batch_size, model.null_label)
-        rngs = masked.image_keys(0, np.arange(batch_size))
-        counts = sampler.reveal_counts(jnp.full(batch_size, length), length)
+        batch = masked.Batch(
+            tokens=tokens,
+            condition=labels,
+            null_condition=null,
+            rngs=masked.image_keys(0, np.arange(batch_size)),
+            plan=sampler.plan(jnp.full(batch_size, length), length),
+        )
         state = masked.start_state(tokens)
 
         def step(logits, i, state):
-            one = masked.make_step(
-                lambda tokens, _: logits[: len(tokens)],
-                tokens,
-                labels,
-                null,
-                rngs,
-                counts,
-                sampler,
-                mask_token_id=mask,
-                grid_size=model.grid_size,
-            )
+            # What the head reads would be shorter at masked positions; here it is given whole.
+            model = prediction.whole(lambda tokens, _: logits[: len(tokens)])
+            one = masked.make_step(model, batch, sampler.program(), mask_token_id=mask)
             return one(i, state)
 
-        predict = jax.jit(build_models.logits_fn(model))
+        module = model.make_module()
+
+        @jax.jit
+        def predict(params, tokens, labels):
+            grids = tokens.reshape(-1, *model.grid_size)
+            return module.apply({"params": params}, grids, labels)
+
         params = nn.unbox(jax.jit(build_models.init_model(model))(jax.random.key(0)))
         both = jnp.concatenate([tokens, tokens]), jnp.concatenate([labels, null])
         logits, middle, jitted = predict(params, *both), sampler.num_steps // 2, jax.jit(step)
@@ -280,12 +283,19 @@ def compile_sampler(size: str, batch_size: int, settings: dict) -> None:
     model, mesh = model_config(config), sharding.make_mesh({}, jax.devices()[:1])
     shapes = nn.unbox(jax.eval_shape(build_models.init_model(model), jax.random.key(0)))
     generation.make_generate_fn.cache_clear()
-    run = generation.make_generate_fn(model, SamplerConfig(**settings), mesh)
-    start = jax.ShapeDtypeStruct((batch_size, model.seq_len), jnp.int32)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    rngs = jax.eval_shape(lambda: masked.image_keys(0, np.arange(batch_size)))
+    sampler, length = SamplerConfig(**settings), model.seq_len
+    run = generation.make_generate_fn(model, sampler.program(), mesh)
+    batch = jax.eval_shape(
+        lambda: masked.Batch(
+            tokens=jnp.zeros((batch_size, length), jnp.int32),
+            condition=jnp.zeros(batch_size, jnp.int32),
+            null_condition=None,
+            rngs=masked.image_keys(0, np.arange(batch_size)),
+            plan=sampler.plan(jnp.full(batch_size, length), length),
+        )
+    )
     with jax.set_mesh(mesh):
-        run.lower(shapes, start, labels, rngs).compile()
+        run.lower(shapes, None, batch).compile()
 
 
 def compile_step(config: ConfigDict) -> None:
