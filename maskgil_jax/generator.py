@@ -87,6 +87,7 @@ class ImageGenerator:
         *,
         tokenizer: os.PathLike | str | None = None,
         tokenizer_dtype: str | None = None,
+        tile_size: int | None = None,
         batch_size: int = 64,
         mesh: Mesh | None = None,
     ) -> "ImageGenerator":
@@ -97,6 +98,8 @@ class ImageGenerator:
             tokenizer: path of the tokenizer, or `asset:NAME`; by default the run's. A model
                 directory names none.
             tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
+            tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
+                images; every image is taken whole if `None`.
             batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
 
@@ -105,7 +108,9 @@ class ImageGenerator:
             ValueError: if something is damaged, names no tokenizer, or does not fit.
         """
         model = loading.load_model(path)
-        vq = loading.open_tokenizer(model, path, tokenizer, dtype=tokenizer_dtype)
+        vq = loading.open_tokenizer(
+            model, path, tokenizer, dtype=tokenizer_dtype, tile_size=tile_size
+        )
         return cls(model, vq, batch_size=batch_size, mesh=mesh)
 
     @overload

@@ -23,6 +23,7 @@ from maskgil_jax import checkpoints, config, workdir
 from maskgil_jax.build import models as build
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.tokenizers.base import Tokenizer, update_digest
+from maskgil_jax.tokenizers.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,9 @@ def check_range(name: str, ids: np.ndarray, count: int) -> None:
         raise ValueError(f"{name} {int(wrong.flat[0])} is out of range; allowed: 0 to {count - 1}")
 
 
-def load_tokenizer(path: os.PathLike | str, *, dtype: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: os.PathLike | str, *, dtype: str | None = None, tile_size: int | None = None
+) -> Tokenizer:
     """Load a tokenizer from a model directory, a run directory, or `asset:NAME`.
 
     Args:
@@ -95,12 +98,17 @@ def load_tokenizer(path: os.PathLike | str, *, dtype: str | None = None) -> Toke
             the name of a tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
         dtype: type in which its nets compute, `float32` or `bfloat16`; as stored if `None`.
             Parameters and the quantiser are float32.
+        tile_size: side in pixels of the tiles in which larger images are encoded and decoded, see
+            `Tiling`; every image is taken whole if `None`.
 
     Raises:
         FileNotFoundError: if there is neither.
-        ValueError: if the directory holds something else or is damaged, or for another type.
+        ValueError: if the directory holds something else or is damaged, for another type, or for a
+            tile size that does not suit the tokenizer.
     """
     tokenizer = _open_tokenizer(path)
+    if tile_size is not None:
+        tokenizer = dataclasses.replace(tokenizer, tiling=Tiling(tile_size=tile_size))
     if dtype is None:
         return tokenizer
     fields = tokenizer.config.to_dict() | {"dtype": dtype}
@@ -113,6 +121,7 @@ def open_tokenizer(
     path: os.PathLike | str | None = None,
     *,
     dtype: str | None = None,
+    tile_size: int | None = None,
 ) -> Tokenizer:
     """Load the tokenizer of a model, and check that both fit.
 
@@ -121,6 +130,7 @@ def open_tokenizer(
         workdir: where it was loaded from.
         path: the tokenizer; by default the one that the model's run names.
         dtype: type in which its nets compute; as stored if `None`.
+        tile_size: side of its tiles in pixels, as `load_tokenizer` takes it.
 
     Raises:
         ValueError: if none is named, or it has other codes or another size than the model's run.
@@ -130,7 +140,7 @@ def open_tokenizer(
         raise ValueError(
             f"{workdir} names no tokenizer; name the right one, --tokenizer or `tokenizer=`"
         )
-    tokenizer = load_tokenizer(chosen, dtype=dtype)
+    tokenizer = load_tokenizer(chosen, dtype=dtype, tile_size=tile_size)
     run = model.run.copy_and_resolve_references()
     if checkpoints.is_model_dir(workdir):
         # It records no image size, so the grid decides.

@@ -42,6 +42,9 @@ _NUM_PER_CLASS = flags.DEFINE_integer("num_per_class", 1, "Images of each.", low
 _OUT = flags.DEFINE_string("out", "samples.png", "FILE.png, FILE.npz or a new directory.")
 _SIZE = flags.DEFINE_string("size", None, "HxW of the images in pixels. Default: as trained.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer to use instead of the run's.")
+_TILE_SIZE = flags.DEFINE_integer(
+    "tile_size", None, "Pixels: larger images go through the tokenizer in tiles. Default: whole."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all images.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
 _CACHE = flags.DEFINE_string(
@@ -91,6 +94,7 @@ def sample(
     size: tuple[int, int] | None = None,
     edit: Edit | None = None,
     tokenizer: str | None = None,
+    tile_size: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     **sampler: Any,
@@ -105,6 +109,8 @@ def sample(
         size: height and width in pixels; as trained if `None`.
         edit: picture to start from, and what to do with it.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
+        tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
+            images; every image is taken whole if `None`.
         seed: seed of all images.
         batch_size: images at a time. Another one rounds differently, which now and then decides
             between two nearly equal codes.
@@ -115,6 +121,7 @@ def sample(
             was begun with other settings.
         FileNotFoundError: if there is no model, or no checkpoint of it yet.
         FileExistsError: if `out` is a directory that holds something.
+        MemoryError: if the device's memory does not suffice for the tokenizer.
     """
     path, is_grid = pathlib.Path(out), check_out(out)
     if is_grid and jax.process_count() > 1:
@@ -126,7 +133,7 @@ def sample(
     if edit is not None and labels is None:
         raise ValueError("--edit needs --labels, the classes of the results")
     model = loading.load_model(workdir)
-    vq = loading.open_tokenizer(model, workdir, tokenizer)
+    vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     generator = ImageGenerator(model, vq, batch_size=batch_size, mesh=mesh)
@@ -153,6 +160,7 @@ def sample(
             "model": model.fingerprint,
             "tokenizer": vq.fingerprint,
             "tokenizer_dtype": vq.config.to_dict()["dtype"],
+            "tile_size": tile_size,
             "labels": classes.tolist(),
             "num_per_class": num_per_class,
             "size": [height, width],
@@ -299,6 +307,7 @@ def run() -> None:
         size=size,
         edit=edit,
         tokenizer=_TOKENIZER.value,
+        tile_size=_TILE_SIZE.value,
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
         **{flag.name: flag.value for flag in _SAMPLER},
@@ -309,7 +318,7 @@ def main(argv: list[str]) -> None:
     """Read the flags and sample."""
     cli.start(argv)
     cli.join_processes()
-    cli.exit_on_user_error(run)
+    cli.exit_on_user_error(run, MemoryError)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, help="side of the central square (default: as they are)")
     add("--num_images", type=int, help="how many to measure (default: all)")
     add("--batch_size", type=int, default=16, help="images at a time")
+    add("--tile_size", type=int, help="pixels: larger images in tiles (default: all whole)")
     add("--out", required=True, type=Path, help="PNG file to write")
     add("--shown", type=int, default=16, help="images in the picture")
     add("--columns", type=int, default=8, help="images in a row of it")
@@ -222,7 +223,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.num_images > len(entries):
             raise ValueError(f"--num_images {args.num_images}: there are {len(entries)}")
         entries = entries[: args.num_images]
-    tokenizer = loading.load_tokenizer(args.tokenizer)
+    tokenizer = loading.load_tokenizer(args.tokenizer, tile_size=args.tile_size)
     if tokenizer.spec.image_channels != 3:
         raise ValueError(
             f"the tokenizer takes {tokenizer.spec.image_channels} channels; images have 3 (RGB)"
@@ -235,7 +236,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shown=args.shown,
     )
     save_png(args.out, lay_out(pairs, args.columns))
-    report = {"tokenizer": args.tokenizer, **figures, "out": str(args.out)}
+    report = {
+        "tokenizer": args.tokenizer,
+        "tile_size": args.tile_size,
+        **figures,
+        "out": str(args.out),
+    }
     if args.json is not None:
         write_text_atomically(args.json, json.dumps(report | {"each": rows}, indent=1) + "\n")
     return report
@@ -246,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         report = run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report, ensure_ascii=False))

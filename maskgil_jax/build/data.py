@@ -205,7 +205,16 @@ def check_stored_tokens(config: ConfigDict, source: Any, tokenizer: Tokenizer) -
 
 
 def make_encoder(tokenizer: Tokenizer, mesh: Mesh) -> Callable[[Any], Any]:
-    """Return the jitted map from image batches to token batches, split over the mesh."""
+    """Return the jitted map from image batches to token batches, split over the mesh.
+
+    Raises:
+        ValueError: the tokenizer works in tiles, which this does not.
+    """
+    if tokenizer.tiling is not None:
+        raise ValueError(
+            f"the tokenizer has tiles of {tokenizer.tiling.tile_size} pixels; training data is "
+            "encoded whole, with a smaller batch_size where memory is short"
+        )
     params = jax.device_put(tokenizer.params, sharding.replicated(mesh))
 
     @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))

@@ -4,12 +4,13 @@
 start of the training path) and `decode` (tokens to images, the end of the generation path).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from maskgil_jax.tokenizers.tiling import Tiling, map_tiles
 
 # Room for rounding in data scaled to [-1, 1]; anything further out is scaled differently.
 _RANGE_SLACK = 1e-3
@@ -114,7 +117,10 @@ class TokenizerConfig(Protocol):
         ...
 
     def make_module(self) -> nn.Module:
-        """Return the Flax module: `images → VQOutputs`, methods `encode` and `decode`."""
+        """Return the Flax module: `images → VQOutputs`, methods `encode` and `decode`.
+
+        `encode` is `encode_latents`, then `quantize_latents`, which takes each position alone.
+        """
         ...
 
 
@@ -136,12 +142,22 @@ class Tokenizer:
 
     Both functions also run inside `jax.jit`, where values cannot be read: there the range checks
     are left to the caller.
+
+    With a `tiling`, images larger than one tile are encoded and decoded tile by tile, and the
+    result is a NumPy array: memory on the device is that of a tile, whatever the image, and codes
+    and pixels are near those of the whole image, but not the same. Smaller images are not affected.
+
+    Raises:
+        ValueError: the tiles do not suit the downsample factor.
     """
 
     config: TokenizerConfig
     params: Mapping[str, Any] = dataclasses.field(repr=False)
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
+        if self.tiling is not None:
+            self.tiling.in_tokens(self.spec.downsample_factor)
         # Once here, or every call would copy them to the device again.
         object.__setattr__(self, "params", jax.tree.map(jnp.asarray, self.params))
 
@@ -178,11 +194,17 @@ class Tokenizer:
         a NumPy array.
 
         Raises:
-            ValueError: shape, dtype or range of the images does not fit the tokenizer.
+            ValueError: shape, dtype or range of the images does not fit the tokenizer; or they
+                need tiles and are inside `jax.jit`.
+            MemoryError: the device's memory does not suffice.
         """
         check_images(images, self.spec)
-        function = functools.partial(_encode, self.module, self.params)
-        return _in_batches(function, images, jnp.float32, batch_size)
+        grid = self.spec.grid_size(*images.shape[1:3])
+        with self._explain_exhaustion("encode", len(images), grid, batch_size):
+            if self._needs_tiles(grid, images):
+                latents = self._map_tiles("encode_latents", images, jnp.float32, batch_size)
+                return self._quantize(latents, batch_size)
+            return self._apply("encode", images, jnp.float32, batch_size)
 
     def decode(
         self, tokens: Array | np.ndarray, *, batch_size: int | None = None
@@ -193,11 +215,101 @@ class Tokenizer:
         a NumPy array.
 
         Raises:
-            ValueError: shape, dtype or range of the tokens does not fit the tokenizer.
+            ValueError: shape, dtype or range of the tokens does not fit the tokenizer; or they
+                need tiles and are inside `jax.jit`.
+            MemoryError: the device's memory does not suffice.
         """
         check_tokens(tokens, self.spec)
-        function = functools.partial(_decode, self.module, self.params)
-        return _in_batches(function, tokens, jnp.int32, batch_size)
+        grid = tokens.shape[1:]
+        with self._explain_exhaustion("decode", len(tokens), grid, batch_size):
+            if self._needs_tiles(grid, tokens):
+                return self._map_tiles("decode", tokens, jnp.int32, batch_size)
+            return self._apply("decode", tokens, jnp.int32, batch_size)
+
+    def _apply(
+        self, method: str, inputs: Array | np.ndarray, dtype: Any, batch_size: int | None
+    ) -> Array | np.ndarray:
+        function = functools.partial(_apply_method, self.module, method, self.params)
+        # Some devices complain of exhausted memory only when the result is waited for.
+        return jax.block_until_ready(_in_batches(function, inputs, dtype, batch_size))
+
+    def _needs_tiles(self, grid: tuple[int, ...], inputs: Array | np.ndarray) -> bool:
+        if self.tiling is None:
+            return False
+        tile, _ = self.tiling.in_tokens(self.spec.downsample_factor)
+        if max(grid) <= tile:
+            return False
+        if isinstance(inputs, jax.core.Tracer):
+            raise ValueError(
+                f"a grid of {grid[0]}×{grid[1]} tokens needs tiles of {tile}, which are put "
+                "together on the host; call the tokenizer outside jax.jit, or without a tiling"
+            )
+        return True
+
+    def _map_tiles(
+        self, method: str, inputs: Array | np.ndarray, dtype: Any, batch_size: int | None
+    ) -> Float[np.ndarray, "b rows columns c"]:
+        assert self.tiling is not None
+        factor = self.spec.downsample_factor
+        tile, overlap = self.tiling.in_tokens(factor)
+        in_scale, out_scale = (1, factor) if method == "decode" else (factor, 1)
+        return map_tiles(
+            lambda part: np.asarray(self._apply(method, part, dtype, batch_size)),
+            np.asarray(inputs),
+            tile=tile,
+            overlap=overlap,
+            in_scale=in_scale,
+            out_scale=out_scale,
+        )
+
+    def _quantize(
+        self, latents: Float[np.ndarray, "b gh gw z"], batch_size: int | None
+    ) -> Int[np.ndarray, "b gh gw"]:
+        """Quantise blended latents, as many positions at a time as a tile of a batch has.
+
+        Positions do not depend on one another, so they are dealt out without regard to where they
+        lie. Memory is several thousand distances per position.
+        """
+        assert self.tiling is not None
+        tile, _ = self.tiling.in_tokens(self.spec.downsample_factor)
+        shape, width = latents.shape[:-1], latents.shape[-1]
+        sides = [min(tile, side) for side in shape[1:]]
+        positions = latents.reshape(-1, width)
+        filling = -len(positions) % (sides[0] * sides[1])
+        cells = np.pad(positions, ((0, filling), (0, 0))).reshape(-1, *sides, width)
+        size = batch_size or max(len(latents), 1)
+        tokens = np.asarray(self._apply("quantize_latents", cells, jnp.float32, size))
+        return tokens.reshape(-1)[: len(positions)].reshape(shape)
+
+    @contextlib.contextmanager
+    def _explain_exhaustion(
+        self, verb: str, count: int, grid: tuple[int, ...], batch_size: int | None
+    ) -> Iterator[None]:
+        """Turn the device's complaint that memory is exhausted into a `MemoryError` with a remedy.
+
+        A system that promises more memory than it has may end the process before it complains.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            factor = self.spec.downsample_factor
+            at_once = count if batch_size is None else batch_size
+            remedies = ["a smaller batch_size"] if at_once > 1 else []
+            # Half the longer side, or half a tile, in whole tokens.
+            side = max(grid)
+            if self.tiling is not None:
+                side = min(side, self.tiling.in_tokens(factor)[0])
+            if side > 2:
+                smaller = max(2, -(-side // 2)) * factor
+                remedies.append(f"tile_size={smaller} (--tile_size), which works tile by tile")
+            remedy = f"; give {', or '.join(remedies)}" if remedies else ""
+            tiles = f" in tiles of {self.tiling.tile_size}" if self.tiling is not None else ""
+            raise MemoryError(
+                f"the device's memory does not suffice to {verb} {at_once} image(s) of "
+                f"{grid[0] * factor}×{grid[1] * factor} pixels at a time{tiles}{remedy}"
+            ) from error
 
 
 def update_digest(digest: Any, params: Mapping[str, Any]) -> None:
@@ -263,14 +375,9 @@ def check_tokens(tokens: Array | np.ndarray, spec: TokenizerSpec) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(module: nn.Module, params: Mapping[str, Any], images: Array) -> Any:
-    return module.apply({"params": params}, images, method="encode")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(module: nn.Module, params: Mapping[str, Any], tokens: Array) -> Any:
-    return module.apply({"params": params}, tokens, method="decode")
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_method(module: nn.Module, method: str, params: Mapping[str, Any], inputs: Array) -> Any:
+    return module.apply({"params": params}, inputs, method=method)
 
 
 def _in_batches(

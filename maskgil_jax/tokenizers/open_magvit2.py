@@ -181,9 +181,13 @@ class OpenMAGVIT2(nn.Module):
         """Return the float32 latents, whose signs are the codes."""
         return self.encoder(images).astype(jnp.float32)
 
+    def quantize_latents(self, latents: Float[Array, "b gh gw z"]) -> Int[Array, "b gh gw"]:
+        """Turn what `encode_latents` returns into int32 tokens."""
+        return lookup_free.encode_signs(latents)
+
     def encode(self, images: Float[Array, "b H W c"]) -> Int[Array, "b gh gw"]:
         """Turn images into int32 tokens."""
-        return lookup_free.encode_signs(self.encode_latents(images))
+        return self.quantize_latents(self.encode_latents(images))
 
     def decode(self, tokens: Int[Array, "b gh gw"]) -> Float[Array, "b H W c"]:
         """Turn tokens into float32 images, not clipped."""

@@ -103,9 +103,13 @@ class VQModel(nn.Module):
         """Return the float32 latents in front of the quantiser, before any normalisation."""
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
 
+    def quantize_latents(self, latents: Float[Array, "b gh gw z"]) -> Int[Array, "b gh gw"]:
+        """Turn what `encode_latents` returns into int32 tokens."""
+        return self.quantizer.encode(latents)
+
     def encode(self, images: Float[Array, "b H W c"]) -> Int[Array, "b gh gw"]:
         """Turn images into int32 tokens."""
-        return self.quantizer.encode(self.encode_latents(images))
+        return self.quantize_latents(self.encode_latents(images))
 
     def decode(self, tokens: Int[Array, "b gh gw"]) -> Float[Array, "b H W c"]:
         """Turn tokens into float32 images, not clipped."""
