@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 import maskgil_jax
-from maskgil_jax import generation
+from maskgil_jax import generation, pictures
 
 quick = pytest.mark.usefixtures("quick_compilation")
 FAMILIES = ("maskgil", "bidirectional-transformer")
@@ -188,6 +188,25 @@ def test_size_asks_for_another_grid(generator):
     assert generator.sampler((4, 6), num_steps=24).num_steps == 24
     with pytest.raises(ValueError, match=r"num_steps 13 is out of range.* 12, .* a 2×6 grid"):
         generator(LABELS, size=(8, 24), num_steps=13)
+
+
+@quick
+def test_large_images_pass_the_tokenizer_in_tiles(generator, directory):
+    small = generator(LABELS, seed=1)
+    tiled = maskgil_jax.load_tokenizer(directory, tile_size=16)
+    other = maskgil_jax.ImageGenerator(generator.model, tiled, batch_size=4, mesh=generator.mesh)
+    np.testing.assert_array_equal(other(LABELS, seed=1), small)
+    whole = generator(LABELS, seed=1, size=(16, 36), return_trace=True)
+    parts = other(LABELS, seed=1, size=(16, 36), return_trace=True)
+    # The codes are the model's, which knows of no tiles; pixels and what is encoded are not.
+    np.testing.assert_array_equal(parts.tokens, whole.tokens)
+    tokens = whole.tokens
+    np.testing.assert_array_equal(parts.images, maskgil_jax.decode_images(tiled, tokens))
+    assert (parts.images != whole.images).any()
+    np.testing.assert_array_equal(parts.images, other.show_steps(parts.trace)[-1])
+    expected = tiled.encode(pictures.to_float(whole.images), batch_size=4)
+    np.testing.assert_array_equal(other.encode(whole.images), expected)
+    assert (expected != generator.encode(whole.images)).any()
 
 
 def test_learned_positions_serve_the_trained_size_only(generators):

@@ -125,6 +125,28 @@ def test_other_sizes_than_the_trained_one(run_dir, tmp_path, capsys):
     np.testing.assert_array_equal(images, expected)
 
 
+def test_tiles_of_the_tokenizer_are_asked_for_and_belong_to_the_job(run_dir, tmp_path, monkeypatch):
+    settings = dict(size=(16, 36), batch_size=2)
+    sample(run_dir, tmp_path / "x.npz", tile_size=16, **settings)
+    tiled = ImageGenerator.from_checkpoint(run_dir, tile_size=16, batch_size=2)
+    images = read_npz(tmp_path / "x.npz")[0]
+    np.testing.assert_array_equal(images, tiled([0, 1], size=(16, 36)))
+    whole = ImageGenerator.from_checkpoint(run_dir, batch_size=2)
+    assert (images != whole([0, 1], size=(16, 36))).any()
+
+    def fail(generator, labels, *, first_index, **options):
+        if first_index:
+            raise KeyboardInterrupt
+        return np.zeros((4, 16, 36, 3), np.uint8)
+
+    monkeypatch.setattr(ImageGenerator, "__call__", fail)
+    settings |= {"num_per_class": 4}
+    with pytest.raises(KeyboardInterrupt):
+        sample(run_dir, tmp_path / "y.npz", tile_size=16, **settings)
+    with pytest.raises(ValueError, match="tile_size: 16 there, null now"):
+        sample(run_dir, tmp_path / "y.npz", **settings)
+
+
 def make_edit(**fields):
     photo = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
     mask = np.zeros((16, 16), bool)
@@ -300,6 +322,7 @@ def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, mode
         ("x.png", {"temperature": -1.0}, "temperature -1.0 is out of range"),
         ("x.jpg", {}, r"ends in \.jpg; allowed: \.png, \.npz"),
         ("x.npz", {"seed": 2**32}, "seed 4294967296 is out of range"),
+        ("x.npz", {"tile_size": 10}, "tile_size is 10; .* factor 4, and at least 8, for example 8"),
         ("x.npz", {"size": (16, 18)}, "width 18 is not a multiple .* for example to 16"),
         ("x.npz", {"edit": make_edit(), "labels": [0], "size": (16, 16)}, "exclude each other"),
         ("x.npz", {"edit": make_edit()}, "--edit needs --labels"),

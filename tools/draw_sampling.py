@@ -7,6 +7,7 @@ The captions are in docs/sampling.md; settings that a row does not name are the 
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -19,10 +20,14 @@ from maskgil_jax import pictures
 from maskgil_jax.data.digits import NUM_CLASSES, digits_arrays
 from maskgil_jax.generation import mix_labels
 from maskgil_jax.generator import Generation, ImageGenerator
+from maskgil_jax.tokenizers.tiling import Tiling
 
 SEED = 4
 STEPS = 8
 SCALE = 2
+# Of the mosaic in tiles, and how much brighter a difference is drawn than it is.
+TILE_SIZE = 64
+MAGNIFIED = 3
 # The digit of which all steps are drawn.
 SHOWN = 3
 # Between a pixel's channels, of what is meant to be grey.
@@ -224,6 +229,24 @@ def draw_sizes(studio: Studio) -> np.ndarray:
     return np.concatenate([white(x, ((0, 0), (0, width - x.shape[1]), (0, 0))) for x in grids])
 
 
+def draw_tiling(studio: Studio) -> np.ndarray:
+    """Draw a mosaic of digits: itself, taken whole, in tiles, and the magnified difference."""
+    rows, columns = 4, 4
+    images = digits_arrays("test")[0][: rows * columns]
+    height, width = images.shape[1:3]
+    mosaic = images.reshape(rows, columns, *images.shape[1:]).swapaxes(1, 2)
+    mosaic = mosaic.reshape(1, rows * height, columns * width, -1)
+    whole = studio.generator.tokenizer
+    tiled = dataclasses.replace(whole, tiling=Tiling(tile_size=TILE_SIZE))
+    rebuilt, near = (
+        pictures.to_uint8(np.asarray(vq.decode(vq.encode(pictures.to_float(mosaic)))))
+        for vq in (whole, tiled)
+    )
+    change = np.abs(near.astype(np.int16) - rebuilt) * MAGNIFIED
+    change = change.clip(0, 255).astype(np.uint8)
+    return grid(np.concatenate([mosaic, rebuilt, near, change]))
+
+
 def draw_decided(studio: Studio) -> np.ndarray:
     """Draw ten digits and below when their tokens were decided."""
     made = studio.make(num_steps=STEPS)
@@ -250,6 +273,7 @@ DRAWINGS: dict[str, Callable[[Studio], np.ndarray]] = {
     "vary": draw_vary,
     "mixtures": draw_mixtures,
     "sizes": draw_sizes,
+    "tiling": draw_tiling,
     "decided": draw_decided,
 }
 

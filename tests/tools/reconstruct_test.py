@@ -120,6 +120,21 @@ def test_equal_images_have_no_ratio_in_json(tmp_path, capsys, monkeypatch):
     assert (report["psnr_db"], report["ssim"]) == (None, 1.0)
 
 
+def test_large_pictures_are_taken_in_tiles(inputs, tmp_path, capsys):
+    photo = np.random.default_rng(0).integers(0, 256, (16, 28, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    arguments = [f"--tokenizer={inputs / 'tokenizer'}", f"--images={tmp_path / 'photo.png'}"]
+    arguments += [f"--out={tmp_path / 'grid.png'}", "--tile_size=16"]
+    assert run_tool(*arguments) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tiled = maskgil_jax.load_tokenizer(inputs / "tokenizer", tile_size=16)
+    rebuilt, _ = rebuild(tiled, photo[None])
+    assert report["tile_size"] == 16
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "grid.png"))[20:36, 2:30], rebuilt[0]
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -131,6 +146,7 @@ def test_equal_images_have_no_ratio_in_json(tmp_path, capsys, monkeypatch):
         ),
         ({"image_size": 18}, r"height 18 is not a multiple of the tokenizer's downsample factor 4"),
         ({"image_size": 8}, r"shape \(\d+, 8, 8, 3\).*sides of at least 11"),
+        ({"tile_size": 10}, r"tile_size is 10; it must be a multiple .* factor 4"),
         ({"num_images": 298}, r"--num_images 298: there are 297"),
         ({"num_images": 0}, r"--num_images 0 must be at least 1"),
         ({"columns": 0}, r"--columns 0 must be at least 1"),
