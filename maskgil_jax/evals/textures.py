@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from maskgil_jax.evals.frechet import Statistics, frechet_distance
+
 
 def radial_power(images: Array | np.ndarray) -> Float[np.ndarray, " r"]:
     """Return the mean power of images [b H W c] at radial frequencies 0, 1, … per image height.
@@ -91,35 +93,7 @@ def patch_frechet(
         _draw_patches(name, values, patch, count, seed)
         for name, values in (("images", images), ("real", real))
     )
-    return frechet_distance(one, other)
-
-
-def frechet_distance(one: Float[np.ndarray, "n d"], other: Float[np.ndarray, "m d"]) -> float:
-    """Return |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2·(Σ₁Σ₂)^½) of Gaussian fits, in float64.
-
-    The trace of the root is that of (A·Σ₂·A)^½ with A = Σ₁^½, which is symmetric: covariances
-    without full rank need no offset.
-
-    Raises:
-        ValueError: fewer than two rows.
-    """
-    if min(len(one), len(other)) < 2:
-        raise ValueError(f"{len(one)} and {len(other)} rows; a covariance needs at least 2 of each")
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    difference = one.mean(0) - other.mean(0)
-    first, second = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (one, other))
-    root = _symmetric_root(first)
-    product = root @ second @ root
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
-    overlap = np.sqrt(np.maximum(eigenvalues, 0)).sum()
-    distance = difference @ difference + np.trace(first) + np.trace(second) - 2 * overlap
-    # Rounding may leave the distance of equal sets a little below 0.
-    return float(max(distance, 0.0))
-
-
-def _symmetric_root(matrix: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    return frechet_distance(Statistics.of_features(one), Statistics.of_features(other))
 
 
 def _draw_patches(
