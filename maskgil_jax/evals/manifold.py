@@ -173,7 +173,8 @@ class _Cut:
         if block_rows < 1:
             raise ValueError(f"block_rows = {block_rows}: at least one row per block is needed")
         self.name, self.features, self.centre, self.dtype = name, features, centre, dtype
-        self.height = min(block_rows, len(features))
+        # Small sets are filled up to powers of two, so that few shapes are compiled.
+        self.height = min(block_rows, max(256, 1 << (len(features) - 1).bit_length()))
 
     def __len__(self) -> int:
         return -(-len(self.features) // self.height)

@@ -76,6 +76,18 @@ def test_copies_lie_in_balls_of_radius_zero():
         assert (found.density, found.coverage) == (0, 0)  # no point is nearer than 0
 
 
+def test_the_distance_of_copies_is_zero_wherever_they_stand():
+    points = np.random.default_rng(4).normal(size=(40, 300)).astype(np.float32) * 10 + 3
+    mean = points.mean(0, dtype=np.float64)
+    one, other = (
+        manifold._Cut("points", rows, mean, 64, np.dtype(np.float32))[0]
+        for rows in (points, points[::-1])
+    )
+    squared = np.asarray(manifold._squared_distances(one, other))[:40, :40]
+    assert (np.diagonal(squared[::-1]) == 0).all()
+    assert (squared == 0).sum() == 40
+
+
 def test_the_device_holds_blocks_not_sets(monkeypatch):
     held = []
     rows, width, block_rows = 1000, 40, 50
