@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 KINDS = ("tokenizer", "model", "perceptual")
 _PARAMS = "params.safetensors"
 _CONFIG = "config.json"
+# What a model directory consists of.
+MODEL_FILES = (_CONFIG, _PARAMS)
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -140,7 +142,7 @@ def read_model_dir(path: os.PathLike | str) -> ModelDir:
         CheckpointError: if the header is not ours or the weights are not those it names.
     """
     path = pathlib.Path(path)
-    for name in (_CONFIG, _PARAMS):
+    for name in MODEL_FILES:
         if not (path / name).is_file():
             raise FileNotFoundError(
                 f"{path} is not a model directory: {name} is missing "

@@ -1,5 +1,6 @@
-"""What all command lines do alike: one line of news, one line of error."""
+"""What all command lines do alike: flags, one line of news, one line of error."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,17 @@ def join_processes() -> None:
         raise app.UsageError("--num_processes and --process_id need --coordinator")
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read the `HxW` of a flag `--size`.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    if not (match := re.fullmatch(r"\s*([0-9]+)\s*[x×]\s*([0-9]+)\s*", text)):
+        raise ValueError(f"--size {text!r} is no size; write height and width in pixels: 256x384")
+    return int(match[1]), int(match[2])
 
 
 def say(text: str) -> None:

@@ -98,7 +98,9 @@ def default() -> ConfigDict:
     model.head_alignment = 128  # head rows are padded to a multiple while computing
 
     tokenizer = config.tokenizer = ConfigDict()
-    tokenizer.path = ""  # model directory, or run directory of a tokenizer; asset:NAME is shipped
+    # Model directory, here or hf://owner/repo[/folder][@revision], or run directory of a tokenizer;
+    # asset:NAME is shipped.
+    tokenizer.path = ""
     tokenizer.batch_size = 64  # images at a time when a dataset is encoded up front
 
     vq = config.vq = ConfigDict()  # architecture, for kind "tokenizer"; None: as the family has it
@@ -119,7 +121,8 @@ def default() -> ConfigDict:
     vq_loss.reconstruction_kind = "l2"  # l2 | l1
     vq_loss.reconstruction = 1.0
     vq_loss.perceptual = 0.0  # weight of LPIPS, the distance of VGG16 features; 0 needs no weights
-    vq_loss.lpips_path = ""  # model directory of its weights; see tools/convert_checkpoint.py
+    # Model directory of its weights, here or hf://…; see tools/convert_checkpoint.py.
+    vq_loss.lpips_path = ""
     vq_loss.codebook = 1.0  # must be 0 where the quantiser is lookup-free
     vq_loss.commitment = 0.25
     vq_loss.entropy = 0.0

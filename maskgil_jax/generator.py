@@ -94,9 +94,10 @@ class ImageGenerator:
         """Load what a training run or `tools/convert_checkpoint.py` wrote.
 
         Args:
-            path: run directory or model directory.
-            tokenizer: path of the tokenizer, or `asset:NAME`; by default the run's. A model
-                directory names none.
+            path: run directory or model directory; of the latter also the address on the Hugging
+                Face hub, `hf://owner/repo[/folder][@revision]`.
+            tokenizer: path or address of the tokenizer, or `asset:NAME`; by default the run's. A
+                model directory names none.
             tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
             tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
                 images; every image is taken whole if `None`.
@@ -105,7 +106,9 @@ class ImageGenerator:
 
         Raises:
             FileNotFoundError: if there is no model, or no checkpoint of it yet.
-            ValueError: if something is damaged, names no tokenizer, or does not fit.
+            ValueError: if something is damaged, names no tokenizer, does not fit, or the hub does
+                not give it.
+            ImportError: if something lies on the hub, whose client is not installed.
         """
         model = loading.load_model(path)
         vq = loading.open_tokenizer(

@@ -1,7 +1,7 @@
 """Trained things ready to use: load a model or a tokenizer from where it was written.
 
-A run directory (`python -m maskgil_jax.train`), a model directory (`tools/convert_checkpoint.py`)
-or an asset of the package.
+A run directory (`python -m maskgil_jax.train`), a model directory (`tools/convert_checkpoint.py`),
+here or on the Hugging Face hub, or an asset of the package.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Integer
 from ml_collections import ConfigDict
 
-from maskgil_jax import checkpoints, config, workdir
+from maskgil_jax import checkpoints, config, hub, workdir
 from maskgil_jax.build import models as build
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.tokenizers.base import Tokenizer, update_digest
@@ -94,17 +94,19 @@ def load_tokenizer(
     """Load a tokenizer from a model directory, a run directory, or `asset:NAME`.
 
     Args:
-        path: what `tools/convert_checkpoint.py` or a training run of kind `tokenizer` wrote, or
-            the name of a tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
+        path: what `tools/convert_checkpoint.py` or a training run of kind `tokenizer` wrote; a
+            model directory of the hub, `hf://owner/repo[/folder][@revision]`; or the name of a
+            tokenizer that the package ships, e.g. `asset:digits_tokenizer`.
         dtype: type in which its nets compute, `float32` or `bfloat16`; as stored if `None`.
             Parameters and the quantiser are float32.
         tile_size: side in pixels of the tiles in which larger images are encoded and decoded, see
             `Tiling`; every image is taken whole if `None`.
 
     Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if the directory holds something else or is damaged, for another type, or for a
-            tile size that does not suit the tokenizer.
+        FileNotFoundError: if there is none of them.
+        ValueError: if the directory holds something else or is damaged, the hub does not give it,
+            for another type, or for a tile size that does not suit the tokenizer.
+        ImportError: if it lies on the hub, whose client is not installed.
     """
     tokenizer = _open_tokenizer(path)
     if tile_size is not None:
@@ -142,7 +144,7 @@ def open_tokenizer(
         )
     tokenizer = load_tokenizer(chosen, dtype=dtype, tile_size=tile_size)
     run = model.run.copy_and_resolve_references()
-    if checkpoints.is_model_dir(workdir):
+    if hub.is_address(workdir) or checkpoints.is_model_dir(workdir):
         # It records no image size, so the grid decides.
         factor = tokenizer.spec.downsample_factor
         run.data.image_size = tuple(side * factor for side in model.config.grid_size)
@@ -151,13 +153,14 @@ def open_tokenizer(
 
 
 def _open_tokenizer(path: os.PathLike | str) -> Tokenizer:
-    directory = build.resolve_path(str(path))
+    is_remote = hub.is_address(path)
+    directory = hub.find_directory(path) if is_remote else build.resolve_path(str(path))
     if checkpoints.is_model_dir(directory):
         stored = checkpoints.read_model_dir(directory)
-        _check_kind(directory, stored.kind, "tokenizer")
+        _check_kind(path, stored.kind, "tokenizer")
         return build.create_tokenizer(stored.family, stored.config, stored.params)
     run = workdir.read_run_config(directory)
-    _check_kind(directory, run.kind, "tokenizer")
+    _check_kind(path, run.kind, "tokenizer")
     vq = build.tokenizer_config(run)
     images = jnp.zeros(
         (1, vq.spec.downsample_factor, vq.spec.downsample_factor, vq.spec.image_channels)
@@ -174,30 +177,33 @@ def load_model(path: os.PathLike | str) -> Model:
     keeps one, else the parameters.
 
     Args:
-        path: what `tools/convert_checkpoint.py` or `python -m maskgil_jax.train` wrote.
+        path: what `tools/convert_checkpoint.py` or `python -m maskgil_jax.train` wrote; or a model
+            directory of the hub, `hf://owner/repo[/folder][@revision]`.
 
     Raises:
         FileNotFoundError: if there is neither.
-        ValueError: if the directory holds something else or is damaged.
+        ValueError: if the directory holds something else or is damaged, or the hub does not give
+            it.
+        ImportError: if it lies on the hub, whose client is not installed.
     """
-    directory = pathlib.Path(path)
+    directory = hub.find_directory(path)
     if checkpoints.is_model_dir(directory):
         stored = checkpoints.read_model_dir(directory)
-        _check_kind(directory, stored.kind, "model")
+        _check_kind(path, stored.kind, "model")
         model = build.find_model(stored.family).from_dict(stored.config)
         run = config.preset(model.preset)
         run.model.update(model.to_dict() | {"family": model.family, "grid_size": model.grid_size})
         params = jax.tree.map(jnp.asarray, stored.params)
         return Model(config=model, params=params, run=run)
     run = workdir.read_run_config(directory)
-    _check_kind(directory, run.kind, "maskgil")
+    _check_kind(path, run.kind, "maskgil")
     model = build.model_config(run)
     return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
 
 
-def _check_kind(directory: pathlib.Path, kind: str, wanted: str) -> None:
+def _check_kind(path: os.PathLike | str, kind: str, wanted: str) -> None:
     if kind != wanted:
-        raise ValueError(f"{directory} holds a {kind}, but a {wanted} is needed")
+        raise ValueError(f"{path} holds a {kind}, but a {wanted} is needed")
 
 
 def _restore_params(directory: pathlib.Path, init: Any) -> Any:

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,7 +101,8 @@ def sample(
     """Generate images, write them, and say so on one line.
 
     Args:
-        workdir: directory of a training run, or a model directory.
+        workdir: directory of a training run, or a model directory, here or on the hub
+            (`hf://owner/repo[/folder][@revision]`).
         out: FILE.png, FILE.npz or a directory that is new or empty.
         labels: classes in the order of the images; every class once if `None`.
         num_per_class: images of each of them.
@@ -260,17 +260,6 @@ def parse_labels(text: str) -> list[int]:
     return [int(item) for item in items]
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read HxW.
-
-    Raises:
-        ValueError: if the text is something else.
-    """
-    if not (match := re.fullmatch(r"\s*([0-9]+)\s*[x×]\s*([0-9]+)\s*", text)):
-        raise ValueError(f"--size {text!r} is no size; write height and width in pixels: 256x384")
-    return int(match[1]), int(match[2])
-
-
 def parse_outpaint(text: str) -> tuple[int, int, int, int]:
     """Read four numbers separated by commas.
 
@@ -289,7 +278,7 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
 def run() -> None:
     """Sample as the flags say."""
     labels = None if _LABELS.value is None else parse_labels(_LABELS.value)
-    size = None if _SIZE.value is None else parse_size(_SIZE.value)
+    size = None if _SIZE.value is None else cli.parse_size(_SIZE.value)
     edit = read_edit(
         _EDIT.value,
         _MASK.value,
@@ -318,7 +307,7 @@ def main(argv: list[str]) -> None:
     """Read the flags and sample."""
     cli.start(argv)
     cli.join_processes()
-    cli.exit_on_user_error(run, MemoryError)
+    cli.exit_on_user_error(run, ImportError, MemoryError)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from maskgil_jax import checkpoints, cli, loading, pictures, processes, report, sharding
+from maskgil_jax import checkpoints, cli, hub, loading, pictures, processes, report, sharding
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import tasks as build_tasks
@@ -174,7 +174,7 @@ def _open_perceptual(config: ConfigDict) -> tuple[Any, Any] | None:
     path = config.vq_loss.lpips_path
     if config.kind != "tokenizer" or not path:
         return None
-    stored = checkpoints.read_model_dir(path)
+    stored = checkpoints.read_model_dir(hub.find_directory(path))
     if (stored.kind, stored.family) != ("perceptual", LPIPSConfig.family):
         raise ValueError(
             f"vq_loss.lpips_path {path} holds a {stored.kind} of family {stored.family!r}; give a "
@@ -211,13 +211,16 @@ def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
 
 
 def _resolve(config: ConfigDict) -> ConfigDict:
-    """Return a copy whose tokenizer and perceptual weights are found from any directory."""
+    """Return a copy whose tokenizer and perceptual weights are found from any directory.
+
+    Those on the hub are named with their commit, as a resumed run must read the same.
+    """
     config = config.copy_and_resolve_references()
-    path = config.tokenizer.path
-    if path and not path.startswith(build_models.ASSET):
-        config.tokenizer.path = os.path.abspath(path)
-    if config.vq_loss.lpips_path:
-        config.vq_loss.lpips_path = os.path.abspath(config.vq_loss.lpips_path)
+    for section, field in ((config.tokenizer, "path"), (config.vq_loss, "lpips_path")):
+        if hub.is_address(section[field]):
+            section[field] = str(hub.HubFolder.parse(section[field]).pin())
+        elif section[field] and not section[field].startswith(build_models.ASSET):
+            section[field] = os.path.abspath(section[field])
     return config
 
 
@@ -225,7 +228,9 @@ def main(argv: list[str]) -> None:
     """Join the other processes and train."""
     cli.start(argv)
     cli.join_processes()
-    cli.exit_on_user_error(lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError)
+    cli.exit_on_user_error(
+        lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError, ImportError
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from PIL import Image
 from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model, pictures
 from maskgil_jax import config as schema
 from maskgil_jax.build import models as build
+from maskgil_jax.cli import parse_size
 from maskgil_jax.photo_edit import Edit
-from maskgil_jax.sample import parse_labels, parse_outpaint, parse_size, sample
+from maskgil_jax.sample import parse_labels, parse_outpaint, sample
 from maskgil_jax.workdir import claim_workdir
 from tools.export_weights import export_weights
 

@@ -4,10 +4,10 @@
     python tools/convert_checkpoint.py export --src DIR --dst FILE.pt
     python tools/convert_checkpoint.py inspect --src FILE_OR_DIR
 
-A source may lie on the Hugging Face hub: `hf://owner/repo/path/in/repo[@revision]`. The family is
-found by the names, shapes and dtypes of all tensors, or given; sizes are inferred from the shapes;
-what neither tells is an option. Every problem of a file is reported at once, and nothing is written
-unless all of it fits.
+A source may lie on the Hugging Face hub: a file `hf://owner/repo/path/in/repo[@revision]`, or a
+model directory `hf://owner/repo[/folder][@revision]`. The family is found by the names, shapes and
+dtypes of all tensors, or given; sizes are inferred from the shapes; what neither tells is an
+option. Every problem of a file is reported at once, and nothing is written unless all of it fits.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from maskgil_jax import convert
+from maskgil_jax import convert, hub
 from maskgil_jax.checkpoints import file_sha256, read_model_dir, write_model_dir
 from maskgil_jax.convert.files import (
     INDEX,
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_file_options(add)
 
     add = commands.add_parser("export", help="model directory -> PyTorch file").add_argument
-    add("--src", required=True, type=Path, help="model directory")
+    add("--src", required=True, help="model directory, or hf://owner/repo[/folder][@revision]")
     add("--dst", required=True, type=Path, help=f"file to create, {written}")
 
     command = commands.add_parser("inspect", help="say what a file or model directory holds")
@@ -175,7 +175,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     check_target(args.dst)
     if args.dst.exists():
         raise FileExistsError(f"{args.dst} exists; choose another path or remove it")
-    source = read_model_dir(args.src)
+    source = read_model_dir(hub.find_directory(args.src))
     name, config = convert.choose_family(source.family, source.config)
     state = convert.export_state_dict(name, config, source.params)
     write_checkpoint(args.dst, state, wrapper=convert.find_family(name).export_wrapper)
@@ -187,7 +187,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
 
 def inspect_source(args: argparse.Namespace) -> None:
     """Print what a checkpoint file or a model directory holds, and what does not fit."""
-    if "://" not in args.src and Path(args.src).is_dir():
+    if _is_directory(args.src):
         _inspect_directory(args)
         return
     options = _given_options(args)
@@ -215,6 +215,13 @@ def inspect_source(args: argparse.Namespace) -> None:
         print(f"the shapes do not tell {name}: {needed} --{name}")
 
 
+def _is_directory(source: str) -> bool:
+    """Return whether a source is a model directory; on the hub, whatever has no file's suffix."""
+    if hub.is_address(source):
+        return not source.partition("@")[0].endswith((*SUFFIXES, INDEX))
+    return Path(source).is_dir()
+
+
 def _inspect_directory(args: argparse.Namespace) -> None:
     """Print what a model directory holds, and which layout an export would have."""
     if given := [*_given_options(args), *(n for n in ("family", "sha256") if getattr(args, n))]:
@@ -222,8 +229,8 @@ def _inspect_directory(args: argparse.Namespace) -> None:
             f"{args.src} is a model directory, which tells everything itself; leave out "
             + ", ".join(f"--{name}" for name in given)
         )
-    found = read_model_dir(args.src)
-    path = Path(args.src) / "params.safetensors"
+    directory = hub.find_directory(args.src)
+    found, path = read_model_dir(directory), directory / "params.safetensors"
     print(f"{args.src}: model directory, {path.name} sha256 {file_sha256(path)}")
     for name, value in found.source.items():
         print(f"source {name}: {value}")

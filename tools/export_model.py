@@ -18,7 +18,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import sys
 import time
 import zipfile
@@ -32,7 +31,7 @@ from jax import export
 from load_exported import FORMAT, HEADER, NPY, PROGRAM, VERSION, WEIGHTS
 
 import maskgil_jax
-from maskgil_jax import ImageGenerator, generation, masking
+from maskgil_jax import ImageGenerator, cli, generation, masking
 from maskgil_jax.decoding import masked
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -44,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="directory of a training run, or a model directory")
+    add("--workdir", required=True, help="run directory, or model directory or its hf:// address")
     add("--out", required=True, type=pathlib.Path, help="file to write, such as digits.mgx")
-    add("--tokenizer", help="model or run directory, or asset:NAME (default: the run's)")
+    add("--tokenizer", help="directory, hf:// address or asset:NAME (default: the run's)")
     add(
         "--batch_size",
         type=int,
@@ -65,17 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             sampler.add_argument(f"--{field.name}", type=type(field.default))
     return parser
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Read `HxW`.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
-    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
-        raise ValueError(f"--size {text!r} is no size; write height and width: 32x48")
-    return int(found[1]), int(found[2])
 
 
 def parse_platforms(text: str) -> tuple[str, ...]:
@@ -186,7 +174,8 @@ def export_model(
     """Write one file and return its header.
 
     Args:
-        workdir: directory of a training run, or a model directory.
+        workdir: directory of a training run, or a model directory, here or on the hub
+            (`hf://owner/repo[/folder][@revision]`).
         out: file to write, replaced if it exists.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
         batch_size: images at a time, at most; the loader may be told otherwise.
@@ -197,7 +186,7 @@ def export_model(
     Raises:
         ValueError: if a setting is not allowed, or tokenizer and model do not fit.
         FileNotFoundError: if there is no model, or no checkpoint of it yet.
-        ImportError: if flatbuffers is missing.
+        ImportError: if flatbuffers is missing, or the client of the hub that is asked.
     """
     made = ImageGenerator.from_checkpoint(workdir, tokenizer=tokenizer, batch_size=batch_size)
     model, spec = made.model.config, made.tokenizer.spec
@@ -231,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     values = vars(build_parser().parse_args(arguments))
     began = time.monotonic()
     try:
-        values["size"] = None if values["size"] is None else parse_size(values["size"])
+        values["size"] = None if values["size"] is None else cli.parse_size(values["size"])
         values["platforms"] = parse_platforms(values["platforms"])
         out = values.pop("out")
         header = export_model(values.pop("workdir"), out, **values)

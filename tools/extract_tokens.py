@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, help="model or run directory, or asset:NAME")
+    add("--tokenizer", required=True, help="directory, hf:// address or asset:NAME")
     add("--out", required=True, type=pathlib.Path, help="folder to write")
     add("--data", required=True, choices=IMAGE_SETS, help="kind of data set")
     add("--path", default="", help="folder: root of <split>/<class>/<image>; tfds: data_dir")

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, help="model or run directory, or asset:NAME")
+    add("--tokenizer", required=True, help="directory, hf:// address or asset:NAME")
     add("--images", required=True, nargs="+", help="folders and files, or digits, or canvases")
     add("--image_size", type=int, help="side of the central square (default: as they are)")
     add("--num_images", type=int, help="how many to measure (default: all)")
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         report = run(args)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report, ensure_ascii=False))

@@ -30,9 +30,9 @@ import safetensors
 import safetensors.numpy
 
 from maskgil_jax.checkpoints import file_sha256
-from maskgil_jax.convert.hub import SCHEME, HubFile
 from maskgil_jax.convert.rules import ConversionError, show_name
 from maskgil_jax.convert.torch_io import EXIT_NO_TORCH, EXIT_REFUSED, NO_TORCH, save_pickle
+from maskgil_jax.hub import SCHEME, HubError, HubFile
 
 PICKLES = (".pt", ".pth", ".ckpt")
 SUFFIXES = (*PICKLES, ".safetensors")
@@ -114,7 +114,24 @@ def parse_source(text: str) -> Path | HubFile:
     Raises:
         ConversionError: an address of the hub that is none.
     """
-    return HubFile.parse(text) if text.startswith(SCHEME) else Path(text)
+    if not text.startswith(SCHEME):
+        return Path(text)
+    with _as_ours():
+        return HubFile.parse(text)
+
+
+@contextlib.contextmanager
+def _as_ours() -> Iterator[None]:
+    """Turn the hub's refusals into the converters'."""
+    try:
+        yield
+    except HubError as error:
+        raise ConversionError(str(error)) from error
+
+
+def _download(source: HubFile) -> Path:
+    with _as_ours():
+        return source.download()
 
 
 @contextlib.contextmanager
@@ -147,7 +164,7 @@ def open_checkpoint(
     if not isinstance(source, HubFile):
         source = Path(source)
     check_suffix(source)
-    local = source.download() if isinstance(source, HubFile) else source
+    local = _download(source) if isinstance(source, HubFile) else source
     shards = _find_shards(source, local) if _is_index(local) else {}
     paths = sorted({local, *shards})
     marks = [_mark(path) for path in paths]
@@ -240,7 +257,7 @@ def _find_shards(source: Path | HubFile, index: Path) -> dict[Path, set[str]]:
             [f"not one: {show_name(name)}" for name in odd] or ["it names none"],
         )
     if isinstance(source, HubFile):
-        return {source.sibling(name).download(): keys for name, keys in tensors.items()}
+        return {_download(source.sibling(name)): keys for name, keys in tensors.items()}
     missing = [name for name in tensors if not (index.parent / name).is_file()]
     if missing:
         raise ConversionError(

@@ -1,25 +1,21 @@
 import hashlib
-import http.server
 import json
-import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+import fake_hub
 import numpy as np
 import pytest
+from fake_hub import COMMIT, GATED, REPO
 from flax.traverse_util import flatten_dict
 from goldens_lib import load_golden
 
 from maskgil_jax.checkpoints import read_model_dir
-from maskgil_jax.convert import ConversionError, import_state_dict
+from maskgil_jax.convert import import_state_dict
 from maskgil_jax.convert.files import write_checkpoint
-from maskgil_jax.convert.hub import HubFile, _explain
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPO, GATED = "someone/some-model", "someone/gated-model"
 IMPORT = "import --family maskgil-released --num_heads 2 --src"
 RUN = """
 import contextlib, io, json, sys
@@ -30,51 +26,6 @@ for line in sys.argv[1:]:
         status = convert_checkpoint.main(line.split())
     print(json.dumps([status, out.getvalue(), err.getvalue()]))
 """
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's protocol for files: `/owner/repo/resolve/revision/path`."""
-
-    files: dict[str, bytes]
-    large: set[str]  # stored under their SHA-256, like Git LFS files
-
-    def do_HEAD(self):
-        self.answer()
-
-    def do_GET(self):
-        body = self.answer()
-        if body is not None:
-            self.wfile.write(body)
-
-    def answer(self):
-        owner, name, resolve, revision, *path = self.path.strip("/").split("/")
-        path = "/".join(path)
-        error = None
-        if f"{owner}/{name}" == GATED:
-            error = (403, "GatedRepo")
-        elif f"{owner}/{name}" != REPO or resolve != "resolve":
-            error = (404, "RepoNotFound")
-        elif revision not in ("main", COMMIT, "v1"):
-            error = (404, "RevisionNotFound")
-        elif path not in self.files:
-            error = (404, "EntryNotFound")
-        if error:
-            self.send_response(error[0])
-            self.send_header("X-Error-Code", error[1])
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return None
-        body = self.files[path]
-        kind = hashlib.sha256 if path in self.large else hashlib.sha1
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{kind(body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        return body
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +51,8 @@ def hub(released, tmp_path_factory):
     torch.save({"model_state_dict": tensors}, folder / "one.pt")
     (folder / "config.json").write_text("{}")
     files = {f"a/b/{path.name}": path.read_bytes() for path in folder.iterdir()}
-    handler = type("Handler", (Hub,), {"files": files, "large": {"a/b/one.safetensors"}})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", files
-    server.shutdown()
-    server.server_close()
+    with fake_hub.serve(files, large={"a/b/one.safetensors"}) as served:
+        yield served.endpoint, files
 
 
 @pytest.fixture
@@ -115,12 +62,7 @@ def run(tmp_path):
     def call(*commands, search=(), **environment):
         child = subprocess.run(
             [sys.executable, "-c", RUN, *commands],
-            env={
-                **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))},
-                "HF_HOME": str(tmp_path / "hf"),
-                "PYTHONPATH": os.pathsep.join([*map(str, search), str(ROOT)]),
-                **environment,
-            },
+            env=fake_hub.environment(tmp_path / "hf", [*search, ROOT], **environment),
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -198,30 +140,9 @@ def test_what_the_hub_does_not_give_is_said(hub, run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_connection_that_breaks_off_is_our_error():
-    errors = pytest.importorskip("huggingface_hub.errors")
-    # As ReadError and RemoteProtocolError of its HTTP library, which may be no OSError.
-    broken = type("Broken", (errors.HfHubHTTPError.__bases__[0],), {})("peer closed connection")
-    with (
-        pytest.raises(ConversionError, match="could not be downloaded: peer closed connection"),
-        _explain(HubFile(REPO, "one.pt")),
-    ):
-        raise broken
-
-
 def test_without_the_client_the_error_names_the_extra(run, tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "huggingface_hub.py").write_text("raise ImportError\n")
     command = f"{IMPORT} hf://{REPO}/one.safetensors --dst new"
     ((status, _, err),) = run(command, search=[tmp_path / "path"])
     assert (status, 'pip install "maskgil_jax[hub]"' in err) == (1, True)
-
-
-def test_addresses():
-    file = HubFile.parse("hf://someone/some-model/a/b.pt@refs/pr/1")
-    assert (file.repo, file.path, file.revision) == ("someone/some-model", "a/b.pt", "refs/pr/1")
-    assert str(file.sibling("c.pt")) == "hf://someone/some-model/a/c.pt@refs/pr/1"
-    assert HubFile.parse("hf://someone/some-model/b.pt").sibling("c").path == "c"
-    for address in ("hf://a/b", "hf://a/b/", "hf://a/b/../c.pt", "hf://a b/c/d.pt", "http://a/b/c"):
-        with pytest.raises(ConversionError, match="is no file of the hub"):
-            HubFile.parse(address)

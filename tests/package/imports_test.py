@@ -17,16 +17,17 @@ ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},
     **{name: set() for name in ("models", "tokenizers", "evals", "data", "text", "speech")},
+    "hub": {"checkpoints"},
     "workdir": {"checkpoints", "config"},
     "bulk": {"pictures", "processes", "workdir", "checkpoints"},
     "photo_edit": {"generator", "data"},
     "training": {"masking"},
     "decoding": {"masking"},
-    "convert": {"models", "tokenizers", "text", "evals", "checkpoints"},
+    "convert": {"models", "tokenizers", "text", "evals", "checkpoints", "hub"},
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
     "report": {"generation", "build", "data", "evals", "tokenizers", "pictures"},
-    "loading": {"build.models", "models", "tokenizers", "checkpoints", "workdir", "config"},
+    "loading": {"build.models", "models", "tokenizers", "checkpoints", "hub", "workdir", "config"},
     "generation": {"build.models", "models", "tokenizers", "decoding", "loading", "sharding"}
     | {"pictures"},
     "generator": {"build.models", "models", "tokenizers", "text", "decoding", "masking"}
