@@ -8,27 +8,26 @@ folder that all of them see; the first one puts the output together.
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import pathlib
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
 
-from maskgil_jax import pictures, processes, workdir
+from maskgil_jax import processes, workdir
 from maskgil_jax.checkpoints import write_text_atomically
+from maskgil_jax.data.token_dataset import DATASET_FILE
+from maskgil_jax.stores import CHUNKS, DONE, Job, Store, open_store, sweep
 
-# (index of the first image, its and the next ones' labels [b]) → their pixels [b H W c].
-Make = Callable[[int, np.ndarray], UInt8[np.ndarray, "b H W c"]]
+# (index of the first image, its and the next ones' labels [b]) → their pixels, uint8 [b H W c], or
+# for token records their codes, int32 [b gh gw].
+Make = Callable[[int, np.ndarray], np.ndarray]
 
 PROGRESS_SECONDS = 5.0
 _POLL_SECONDS = 0.5
@@ -37,142 +36,8 @@ _GRACE_SECONDS = 60.0
 _SETTINGS = "settings.json"
 # What the settings are called once all chunks are there.
 _COMPLETE = "complete.json"
-_CHUNKS = "chunks"
-# What the chunks are called once FILE.npz is made of them.
-_DONE = "done"
 # For headers, names and folders of the file system.
 _SPARE_BYTES = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be written where.
-
-    Attributes:
-        out: FILE.npz (replaced; `arr_0` uint8 NHWC and `labels`, as ADM's evaluator reads it), or
-            a directory that is new or empty (PNG files, `000000_label3.png` and so on).
-        labels: one per image, int32 [b].
-        image_shape: (H, W, c).
-        chunk_size: images that are made, and held in memory, at a time.
-        settings: all that the images depend on, for JSON; a job is continued only under the same.
-    """
-
-    out: pathlib.Path
-    labels: Int[np.ndarray, " b"]
-    image_shape: tuple[int, int, int]
-    chunk_size: int
-    settings: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        if not len(self.labels):
-            raise ValueError("there are no labels; give one or more")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size {self.chunk_size} must be at least 1")
-
-    @property
-    def starts(self) -> range:
-        """Indices of the first images of all chunks."""
-        return range(0, len(self.labels), self.chunk_size)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all pixels."""
-        return len(self.labels) * int(np.prod(self.image_shape, dtype=np.int64))
-
-    @property
-    def work(self) -> pathlib.Path:
-        """The working folder."""
-        return self.out.with_name(f".{self.out.name}.work")
-
-    def chunk(self, first: int) -> slice:
-        """Return the images of the chunk that begins with `first`."""
-        return slice(first, min(first + self.chunk_size, len(self.labels)))
-
-
-class _Arrays:
-    """FILE.npz: a `.npy` file per chunk, joined in the end."""
-
-    def __init__(self, job: Job):
-        self._job, self._folder = job, job.work / _CHUNKS
-
-    def has(self, first: int) -> bool:
-        try:
-            stored = np.load(self._path(first), mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):  # cut off by a machine that went down
-            return False
-        return stored.shape == self._shape(first) and stored.dtype == np.uint8
-
-    def store(self, first: int, images: np.ndarray) -> None:
-        path = self._path(first)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            np.save(file, images)
-            _flush(file)
-        partial.replace(path)
-
-    def bytes_to_come(self, missing: int) -> int:
-        # The chunks stay until the file that is made of them is whole.
-        return self._job.num_bytes + missing
-
-    def finish(self) -> None:
-        job, partial = self._job, self._folder.parent / "joined.npz"
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
-            "fortran_order": False,
-            "shape": (len(job.labels), *job.image_shape),
-        }
-        with open(partial, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for first in job.starts:
-                        member.write(np.load(self._path(first)).data)
-                with archive.open("labels.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(job.labels))
-            _flush(file)
-        partial.replace(job.out)
-        self._folder.rename(self._folder.with_name(_DONE))
-
-    def _path(self, first: int) -> pathlib.Path:
-        return self._folder / f"{first:09}.npy"
-
-    def _shape(self, first: int) -> tuple[int, ...]:
-        part = self._job.chunk(first)
-        return (part.stop - part.start, *self._job.image_shape)
-
-
-class _Folder:
-    """A directory of PNG files: the folder of chunks itself takes the output's name."""
-
-    def __init__(self, job: Job):
-        self._job, self._folder = job, job.work / _CHUNKS
-
-    @functools.cached_property
-    def _there(self) -> set[str]:
-        with os.scandir(self._folder) as entries:
-            # Another process may just be giving a picture its name.
-            finished = [entry for entry in entries if entry.name.endswith(".png")]
-        return {entry.name for entry in finished if entry.stat().st_size}
-
-    def has(self, first: int) -> bool:
-        return self._names(first) <= self._there
-
-    def store(self, first: int, images: np.ndarray) -> None:
-        for index, image in enumerate(images, first):
-            pictures.save_png(self._folder / self._name(index), image, make_folders=False)
-
-    def bytes_to_come(self, missing: int) -> int:
-        return missing  # at most: PNG compresses
-
-    def finish(self) -> None:
-        self._folder.replace(self._job.out)
-
-    def _name(self, index: int) -> str:
-        return f"{index:06}_label{self._job.labels[index]}.png"
-
-    def _names(self, first: int) -> set[str]:
-        part = self._job.chunk(first)
-        return {self._name(index) for index in range(part.start, part.stop)}
 
 
 def write(job: Job, make: Make) -> int:
@@ -191,7 +56,7 @@ def write(job: Job, make: Make) -> int:
     with processes.enter_first(_hold(job), job.out) as finished:
         if finished:
             return len(job.labels)
-        before, store = _identify(job.out), _open_store(job)
+        before, store = _identify(job.out), open_store(job)
         missing = [first for first in job.starts if not store.has(first)]
         to_come = sum(job.chunk(first).stop - first for first in missing)
         with processes.enter_first(_check_space(job, store, to_come), job.out):
@@ -209,14 +74,14 @@ def write(job: Job, make: Make) -> int:
 
 def _await_chunks(job: Job, starts: Set[int]) -> None:
     while True:
-        store = _open_store(job)
+        store = open_store(job)
         if not (starts := {first for first in starts if not store.has(first)}):
             return
         time.sleep(_POLL_SECONDS)
 
 
 def _await_output(job: Job, before: tuple[int, int] | None) -> None:
-    while (job.work / _CHUNKS).exists():
+    while (job.work / CHUNKS).exists():
         time.sleep(_POLL_SECONDS)
     # The folder of chunks also goes where the first process gives up.
     end = time.monotonic() + _GRACE_SECONDS
@@ -235,18 +100,14 @@ def _identify(path: pathlib.Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _open_store(job: Job) -> _Arrays | _Folder:
-    return _Arrays(job) if job.out.suffix.lower() == ".npz" else _Folder(job)
-
-
-def _make_chunks(job: Job, store: _Arrays | _Folder, starts: Sequence[int], make: Make) -> None:
+def _make_chunks(job: Job, store: Store, starts: Sequence[int], make: Make) -> None:
     progress = _Progress(sum(job.chunk(first).stop - first for first in starts))
     for first in starts:
         part = job.chunk(first)
-        images = make(first, job.labels[part])
-        assert images.shape == (part.stop - part.start, *job.image_shape)
-        store.store(first, images)
-        progress.add(len(images))
+        made = make(first, job.labels[part])
+        assert made.shape == (part.stop - part.start, *job.shape)
+        store.store(first, made)
+        progress.add(len(made))
 
 
 def check_out(out: os.PathLike | str) -> None:
@@ -264,7 +125,9 @@ def check_out(out: os.PathLike | str) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a directory; choose another --out")
         return
-    is_finished = (work / _COMPLETE).exists() and not (work / _CHUNKS).exists()
+    # Token records take their place before their chunks go.
+    is_there = not (work / CHUNKS).exists() or (path / DATASET_FILE).exists()
+    is_finished = (work / _COMPLETE).exists() and is_there
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not is_finished:
         with contextlib.suppress(OSError):  # what a kill at the very end left: no more than a lock
             if [entry.name for entry in work.iterdir()] == [workdir.LOCK]:
@@ -277,11 +140,11 @@ def check_out(out: os.PathLike | str) -> None:
 def _hold(job: Job) -> Iterator[bool]:
     """Make or reopen the working folder; yield whether the output is there already."""
     check_out(job.out)
-    work, chunks, file = job.work, job.work / _CHUNKS, job.work / _SETTINGS
+    work, chunks, file = job.work, job.work / CHUNKS, job.work / _SETTINGS
     new_parents = [parent for parent in work.parents if not parent.exists()]
     work.mkdir(parents=True, exist_ok=True)
     with workdir.lock(work, "--out"):
-        _sweep(work)
+        _sweep(job)
         names = {path.name for path in work.iterdir()} - {workdir.LOCK}
         there = [name for name in (_SETTINGS, _COMPLETE) if name in names]
         if names and not there:
@@ -290,12 +153,13 @@ def _hold(job: Job) -> Iterator[bool]:
             )
         if there:
             _check_same(work, _read(work / there[0]), job.settings)
-        # Complete, and no chunks: the output took its place.
-        finished = there == [_COMPLETE] and _CHUNKS not in names and job.out.exists()
-        if not finished:
+        finished = there == [_COMPLETE] and open_store(job).is_finished()
+        if finished and chunks.exists():
+            chunks.rename(work / DONE)
+        elif not finished:
             if there == [_COMPLETE]:
                 (work / _COMPLETE).replace(file)
-            shutil.rmtree(work / _DONE, ignore_errors=True)
+            shutil.rmtree(work / DONE, ignore_errors=True)
             write_text_atomically(file, json.dumps(dict(job.settings), indent=1) + "\n")
             chunks.mkdir(exist_ok=True)
         try:
@@ -308,11 +172,11 @@ def _hold(job: Job) -> Iterator[bool]:
                         parent.rmdir()
 
 
-def _sweep(work: pathlib.Path) -> None:
+def _sweep(job: Job) -> None:
     """Remove what a killed job was writing."""
-    for pattern in ("joined.npz", f".{_SETTINGS}.*", f"{_CHUNKS}/*.partial"):
-        for path in work.glob(pattern):
-            path.unlink()
+    sweep(job)
+    for path in job.work.glob(f".{_SETTINGS}.*"):
+        path.unlink()
 
 
 def _remove(work: pathlib.Path) -> None:
@@ -322,12 +186,12 @@ def _remove(work: pathlib.Path) -> None:
     goes last, as it guards the others.
     """
     try:
-        (work / _CHUNKS).rmdir()
+        (work / CHUNKS).rmdir()
     except FileNotFoundError:
         pass
     except OSError:  # another process has just stored a chunk
         return
-    shutil.rmtree(work / _DONE, ignore_errors=True)
+    shutil.rmtree(work / DONE, ignore_errors=True)
     for name in (_SETTINGS, _COMPLETE, workdir.LOCK):
         (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a network file system keeps a file that is open
@@ -376,8 +240,8 @@ def _shorten(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _check_space(job: Job, store: _Arrays | _Folder, images: int) -> Iterator[None]:
-    needed = store.bytes_to_come(job.num_bytes // len(job.labels) * images)
+def _check_space(job: Job, store: Store, images: int) -> Iterator[None]:
+    needed = store.bytes_to_come(job.item_bytes * images)
     free = shutil.disk_usage(job.work).free
     if needed + _SPARE_BYTES > free:
         raise OSError(
@@ -389,11 +253,6 @@ def _check_space(job: Job, store: _Arrays | _Folder, images: int) -> Iterator[No
 
 def _in_bytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class _Progress:

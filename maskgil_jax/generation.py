@@ -42,18 +42,20 @@ def mix_labels(
     Args:
         first: class 0…C-1, or C for "no condition".
         second: the other one.
-        shares: of the second, one per image; 0 is the first class alone.
+        shares: of the second, one per image, 0 to 1; 0 is the first class alone.
         num_classes: C, the model's.
 
     Returns:
         float32 [b, C+1], rows that sum to 1.
 
     Raises:
-        ValueError: if a class is out of range.
+        ValueError: if a class or a share is out of range.
     """
     loading.check_range("label", np.array([first, second]), num_classes + 1)
     eye = np.eye(num_classes + 1, dtype=np.float32)
     weights = np.asarray(shares, np.float32)[:, None]
+    if (wrong := weights[~((weights >= 0) & (weights <= 1))]).size:
+        raise ValueError(f"share {wrong[0]:g} of the second class is out of range; allowed: 0 to 1")
     return (1 - weights) * eye[first] + weights * eye[second]
 
 
@@ -61,7 +63,8 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
     """Return labels as int32 [b] or, if they are mixtures, float32 [b, C+1].
 
     Raises:
-        ValueError: if one is out of range, or a mixture has another width or another sum than 1.
+        ValueError: if one is out of range, or a mixture has another width, another sum than 1 or a
+            weight below 0.
     """
     labels = np.asarray(labels)
     if labels.ndim == 2:
@@ -71,6 +74,10 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
                 f"mixtures of classes have shape {labels.shape} and sums from {sums.min():g} to "
                 f"{sums.max():g}; give [b, {num_classes + 1}], the last column for no condition, "
                 "and rows that sum to 1"
+            )
+        if (lowest := labels.min(initial=0)) < 0:
+            raise ValueError(
+                f"a mixture of classes has the weight {lowest:g}; weights are 0 or more"
             )
         return labels.astype(np.float32)
     if labels.ndim != 1:

@@ -1,9 +1,10 @@
 """Sample images: `python -m maskgil_jax.sample --workdir DIR --labels 3,1,4 --out grid.png`.
 
 `--out` says what is written: FILE.png a grid, FILE.npz the arrays `arr_0` (uint8, NHWC) and
-`labels`, anything else a new directory of PNGs, `000000_label3.png` and so on. The last two are
-written chunk by chunk, and go on after a kill when the same command is started again. Sampler
-flags that are not given keep the values of the run's configuration.
+`labels`, anything else a new directory of PNGs, `000000_label3.png` and so on; with `--records` a
+new directory of codes, not decoded, to train from like those of `tools/extract_tokens.py`. All but
+the grid are written chunk by chunk, and go on after a kill when the same command is started again.
+Sampler flags that are not given keep the values of the run's configuration.
 
 `--edit FILE` makes a picture's part anew (`--mask FILE`, white is generated), continues it beyond
 its edges (`--outpaint TOP,BOTTOM,LEFT,RIGHT`) or varies it (`--vary KEEP`).
@@ -14,10 +15,12 @@ Several processes that see the same folder share the images: give each `--coordi
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from maskgil_jax import bulk, cli, compilation, loading, masking, pictures, sharding
+from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
@@ -33,12 +37,17 @@ from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.photo_edit import Edit, read_edit
 
 MAX_ROW = 8
+# Files of token records: at most so many, of at least so many records but for the only one.
+MAX_SHARDS, MIN_SHARD_RECORDS = 16, 4096
 
 _LABELS = flags.DEFINE_string(
     "labels", None, "Classes, such as 3,1,4; the number of classes means none. Default: every one."
 )
 _NUM_PER_CLASS = flags.DEFINE_integer("num_per_class", 1, "Images of each.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "samples.png", "FILE.png, FILE.npz or a new directory.")
+_RECORDS = flags.DEFINE_bool(
+    "records", False, "Write codes to train from, not pictures, into the new directory --out."
+)
 _SIZE = flags.DEFINE_string("size", None, "HxW of the images in pixels. Default: as trained.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer to use instead of the run's.")
 _TILE_SIZE = flags.DEFINE_integer(
@@ -90,6 +99,7 @@ def sample(
     *,
     labels: Sequence[int] | None = None,
     num_per_class: int = 1,
+    records: bool = False,
     size: tuple[int, int] | None = None,
     edit: Edit | None = None,
     tokenizer: str | None = None,
@@ -106,6 +116,7 @@ def sample(
         out: FILE.png, FILE.npz or a directory that is new or empty.
         labels: classes in the order of the images; every class once if `None`.
         num_per_class: images of each of them.
+        records: whether to write token records into the directory `out`, and no pixels.
         size: height and width in pixels; as trained if `None`.
         edit: picture to start from, and what to do with it.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
@@ -123,7 +134,7 @@ def sample(
         FileExistsError: if `out` is a directory that holds something.
         MemoryError: if the device's memory does not suffice for the tokenizer.
     """
-    path, is_grid = pathlib.Path(out), check_out(out)
+    path, is_grid = pathlib.Path(out), check_out(out, records)
     if is_grid and jax.process_count() > 1:
         raise ValueError(
             f"--out {out} is a grid, which one process makes; several write FILE.npz or a directory"
@@ -132,6 +143,8 @@ def sample(
         raise ValueError("--size and --edit exclude each other: the picture has a size")
     if edit is not None and labels is None:
         raise ValueError("--edit needs --labels, the classes of the results")
+    if edit is not None and records:
+        raise ValueError("--records and --edit exclude each other: what an edit keeps are pixels")
     model = loading.load_model(workdir)
     vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
     # Several processes share the images, not the batches.
@@ -140,13 +153,15 @@ def sample(
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
     classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
-    loading.check_range("label", classes, model.config.num_classes + 1)
+    # No training data has the label for "no condition".
+    loading.check_range("label", classes, model.config.num_classes + (not records))
     image_labels = np.repeat(classes.astype(np.int32), num_per_class)
     if not len(image_labels):
         raise ValueError("there are no labels; give one or more")
     began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
     chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
-    call: Callable[..., np.ndarray] = functools.partial(generator, size=(height, width))
+    one_call: Callable[..., np.ndarray] = generator.tokens if records else generator
+    call: Callable[..., np.ndarray] = functools.partial(one_call, size=(height, width))
     if edit is not None:
         call = functools.partial(_edit, edit, generator)
     make = functools.partial(_make, functools.partial(call, seed=seed, **sampler), chunk_size)
@@ -163,6 +178,7 @@ def sample(
             "tile_size": tile_size,
             "labels": classes.tolist(),
             "num_per_class": num_per_class,
+            "records": records,
             "size": [height, width],
             "edit": edit.settings if edit else None,
             "seed": seed,
@@ -173,17 +189,21 @@ def sample(
             "devices": shards,
             "jax": jax.__version__,
         }
+        origin = str(tokenizer or model.run.tokenizer.path)
+        pixels = (height, width, vq.spec.image_channels)
         job = bulk.Job(
             out=path,
             labels=image_labels,
-            image_shape=(height, width, vq.spec.image_channels),
+            shape=vq.spec.grid_size(height, width) if records else pixels,
             chunk_size=chunk_size,
             settings=settings,
+            records=describe_records(generator, origin, settings) if records else None,
         )
         kept = bulk.write(job, make)
     seconds, made = time.monotonic() - began, len(image_labels) - kept
     cli.say(
-        f"{out}: {len(image_labels)} images of {height}×{width} pixels in {seconds:.1f} s, "
+        f"{out}: {len(image_labels)} {'records' if records else 'images'} of "
+        f"{height}×{width} pixels in {seconds:.1f} s, "
         f"compilation included ({made / seconds:.1f} images/s)"
         + (f", {kept} of them kept from an earlier start" if kept else "")
         + f"; {config.num_steps} steps, {config.schedule} {config.schedule_form}, "
@@ -192,15 +212,55 @@ def sample(
     )
 
 
-def check_out(out: os.PathLike | str) -> bool:
+def describe_records(
+    generator: ImageGenerator, tokenizer: str, settings: Mapping[str, Any]
+) -> TokenDataset:
+    """Return what the token records of a job are, in the terms of an extraction.
+
+    Args:
+        generator: makes the codes.
+        tokenizer: where its tokenizer came from.
+        settings: of the job.
+    """
+    vq, model = generator.tokenizer, generator.model
+    count = len(settings["labels"]) * settings["num_per_class"]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return TokenDataset(
+        tokenizer=TokenizerOrigin(
+            family=vq.spec.family,
+            path=tokenizer,
+            fingerprint=vq.fingerprint,
+            codebook_size=vq.spec.codebook_size,
+            downsample_factor=vq.spec.downsample_factor,
+            dtype=vq.config.to_dict()["dtype"],
+        ),
+        source=f"samples of {model.config.family} {model.fingerprint[:12]}, settings {digest[:12]}",
+        source_records=count,
+        num_classes=model.config.num_classes,
+        has_captions=False,
+        image_size=tuple(settings["size"]),
+        crops=("whole",),
+        batch_size=settings["batch_size"],
+        num_shards=min(MAX_SHARDS, -(-count // MIN_SHARD_RECORDS)),
+    )
+
+
+def check_out(out: os.PathLike | str, records: bool = False) -> bool:
     """Return whether `out` names a grid, after refusing what could not be written.
 
+    Args:
+        out: what is to be written.
+        records: whether it must be a directory.
+
     Raises:
-        ValueError: if it ends in something else than .png, .npz or no suffix.
+        ValueError: if it ends in something else than .png, .npz or no suffix, or names a file where
+            a directory is needed.
         FileExistsError: if it is a directory that holds something.
     """
     path = pathlib.Path(out)
     suffix = path.suffix.lower()
+    if records and suffix in (".png", ".npz"):
+        raise ValueError(f"--out {path} ends in {suffix}; with --records name a new directory")
     if suffix == ".png" and not path.is_dir():
         return True
     if suffix not in (".png", ".npz") and suffix[1:].isalpha() and not path.is_dir():
@@ -293,6 +353,7 @@ def run() -> None:
         _OUT.value,
         labels=labels,
         num_per_class=_NUM_PER_CLASS.value,
+        records=_RECORDS.value,
         size=size,
         edit=edit,
         tokenizer=_TOKENIZER.value,

@@ -18,8 +18,10 @@ import tiny
 from PIL import Image
 
 from maskgil_jax import bulk, processes, workdir
+from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin, TokenRecord
+from maskgil_jax.data.token_records import TokenRecordSource
 
-SHAPE = (4, 6, 3)
+SHAPE, GRID = (4, 6, 3), (2, 3)
 LABELS = np.repeat(np.arange(5, dtype=np.int32), 2)
 SETTINGS = {"seed": 3, "sampler": {"num_steps": 8}, "labels": [0, 1, 2, 3, 4]}
 
@@ -30,9 +32,43 @@ def make_images(first, labels):
     return np.stack([one.integers(0, 256, SHAPE, np.uint8) for one in rng])
 
 
+def make_codes(first, labels):
+    """Stands for a generator of codes."""
+    return make_images(first, labels)[:, : GRID[0], : GRID[1], 0].astype(np.int32)
+
+
 def make_job(out, **changes):
-    fields = {"out": out, "labels": LABELS, "image_shape": SHAPE, "chunk_size": 4}
+    """Return a job: of token records if `out` is named `r`."""
+    fields = {"out": out, "labels": LABELS, "shape": SHAPE, "chunk_size": 4}
+    if out.name == "r":
+        fields |= {"shape": GRID, "records": make_dataset(num_shards=3)}
     return bulk.Job(**fields | {"settings": SETTINGS} | changes)
+
+
+def make_dataset(**changes):
+    fields = {
+        "tokenizer": TokenizerOrigin(
+            family="vq",
+            path="vq",
+            fingerprint="0" * 64,
+            codebook_size=256,
+            downsample_factor=2,
+            dtype="float32",
+        ),
+        "source": "samples",
+        "source_records": len(LABELS),
+        "num_classes": 5,
+        "has_captions": False,
+        "image_size": (4, 6),
+        "crops": ("whole",),
+        "batch_size": 4,
+        "num_shards": 1,
+    }
+    return TokenDataset(**fields | changes)
+
+
+# What makes the items of a job, by the name of its output.
+MAKE = {"x.npz": make_images, "x": make_images, "r": make_codes}
 
 
 def contents(path):
@@ -61,20 +97,56 @@ def test_a_folder_has_one_picture_per_image(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_records_are_those_of_an_extraction(tmp_path):
+    (tmp_path / "r").mkdir()
+    assert bulk.write(make_job(tmp_path / "r"), make_codes) == 0
+    assert os.listdir(tmp_path) == ["r"]
+    names = [f"tokens-{i:05}-of-00003.array_record" for i in range(3)]
+    assert sorted(os.listdir(tmp_path / "r")) == ["dataset.json", *names]
+    source = TokenRecordSource(tmp_path / "r")
+    assert [shard.count for shard in source.dataset.shards] == [3, 3, 4]
+    assert dataclasses.replace(source.dataset, shards=()) == make_dataset(num_shards=3)
+    codes = make_codes(0, LABELS)
+    for index, record in enumerate(map(source.read, range(10))):
+        assert (record.index, record.label, record.caption) == (index, LABELS[index], None)
+        assert record.tokens.dtype == np.uint16
+        np.testing.assert_array_equal(record.tokens, codes[index : index + 1])
+
+
+def test_records_that_do_not_fit_are_refused_and_leave_no_output(tmp_path):
+    for change, message in (
+        ({"shape": (3, 3)}, r"are \(1, \(2, 3\), 10\); the job's are \(1, \(3, 3\), 10\)"),
+        ({"labels": LABELS[:9]}, r"\(1, \(2, 3\), 10\); the job's are \(1, \(2, 3\), 9\)"),
+        ({"records": make_dataset(crops=("a", "b"))}, r"are \(2, \(2, 3\), 10\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_job(tmp_path / "r", **change)
+    with pytest.raises(ValueError, match=r"x.npz is a file; token records need a directory"):
+        make_job(tmp_path / "x.npz", shape=GRID, records=make_dataset())
+    with pytest.raises(ValueError, match="label 4; allowed"):
+        bulk.write(make_job(tmp_path / "r", records=make_dataset(num_classes=4)), make_codes)
+    assert os.listdir(tmp_path) == [".r.work"]
+    # Pixels and records of one name are two jobs.
+    other = make_job(tmp_path / "r", records=None, shape=SHAPE, settings={"records": False})
+    with pytest.raises(ValueError, match="records: null there, false now"):
+        bulk.write(other, make_images)
+
+
+@pytest.mark.parametrize("name", MAKE)
 def test_an_interrupted_job_makes_only_what_is_missing(tmp_path, name):
-    bulk.write(make_job(tmp_path / "whole" / name), make_images)
+    make_items = MAKE[name]
+    bulk.write(make_job(tmp_path / "whole" / name), make_items)
     for boundary in (4, 8):
         made = []
 
         def interrupted(first, labels, boundary=boundary):
             if first == boundary:
                 raise KeyboardInterrupt
-            return make_images(first, labels)
+            return make_items(first, labels)
 
         def counted(first, labels, made=made):
             made.append((first, len(labels)))
-            return make_images(first, labels)
+            return make_items(first, labels)
 
         out = tmp_path / str(boundary) / name
         with pytest.raises(KeyboardInterrupt):
@@ -95,8 +167,7 @@ import bulk_test
 from maskgil_jax import bulk
 
 root, name, fails = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "fail"
-bulk.write(bulk_test.make_job(root / "whole" / name), bulk_test.make_images)
-whole = bulk_test.contents(root / "whole" / name)
+make_items = bulk_test.MAKE[name]
 
 def interrupt(first, labels):
     raise KeyboardInterrupt
@@ -118,13 +189,15 @@ def run(out, last, make):
         bulk.write(bulk_test.make_job(out), make)
     os._exit(0)
 
+assert run(root / "whole" / name, 0, make_items) == 0
+whole = bulk_test.contents(root / "whole" / name)
 finished = 0
 for step in range(1, 1000):
     out = root / str(step) / name
     if fails:
         out.parent.mkdir()
         out.write_text("older")
-    status = run(out, step, interrupt if fails else bulk_test.make_images)
+    status = run(out, step, interrupt if fails else make_items)
     if status == 0:
         break
     assert status == signal.SIGKILL, status
@@ -134,18 +207,19 @@ for step in range(1, 1000):
         assert not out.exists() or bulk_test.contents(out) == whole, step
     try:
         bulk.check_out(out)
-        assert run(out, 0, bulk_test.make_images) == 0, step
+        assert run(out, 0, make_items) == 0, step
     except FileExistsError:  # killed at the lock or the empty folder: the output is finished
         finished += 1
     assert bulk_test.contents(out) == whole, step
     assert os.listdir(out.parent) == [name], step
-assert finished == (2 if name == "x" else 0), finished
+assert finished == (0 if name == "x.npz" else 2), finished
 print(step)
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "steps"), [("x.npz", "make", 20), ("x", "make", 30), ("x.npz", "fail", 6)]
+    ("name", "mode", "steps"),
+    [("x.npz", "make", 20), ("x", "make", 30), ("r", "make", 30), ("x.npz", "fail", 6)],
 )
 def test_a_kill_at_any_step_changes_nothing_of_the_result(tmp_path, name, mode, steps):
     script = KILL.format(tests=str(tiny.ROOT / "tests"))
@@ -230,6 +304,25 @@ def test_a_full_disk_is_known_before_the_start(tmp_path, monkeypatch, name, fact
     bulk.write(job, make_images)
 
 
+def test_the_space_that_records_take_is_not_underrated(tmp_path, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    labels = np.arange(300, dtype=np.int32) % 5
+    dataset = make_dataset(source_records=300, num_shards=2)
+    job = make_job(tmp_path / "r", labels=labels, records=dataset, chunk_size=300)
+    one = TokenRecord(tokens=np.zeros((1, *GRID), int), index=0, label=0)
+    codes = 300 * 6 * 2
+    needed = codes + 300 * (len(dataset.layout.encode(one)) + 64) + 2 * 2**18
+    free = [needed + (1 << 20) - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, free[0]))
+    with pytest.raises(OSError, match=r"may need 0\.6 MB more on a disk with 1\.7 MB free"):
+        bulk.write(job, lambda *_: pytest.fail("something was made"))
+    assert not os.listdir(tmp_path)
+    free[0] += 1
+    bulk.write(job, make_codes)
+    written = sum(map(len, contents(job.out).values()))
+    assert needed / 3 < codes + written <= needed
+
+
 def test_a_failure_before_the_first_chunk_leaves_nothing(tmp_path):
     def fail(first, labels):
         raise ValueError("bad input")
@@ -240,7 +333,7 @@ def test_a_failure_before_the_first_chunk_leaves_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["x.npz", "x"])
+@pytest.mark.parametrize("name", MAKE)
 def test_the_lock_is_the_last_file_to_go(tmp_path, monkeypatch, name):
     unlink, gone = os.unlink, []
 
@@ -249,7 +342,7 @@ def test_the_lock_is_the_last_file_to_go(tmp_path, monkeypatch, name):
         gone.append(os.path.basename(path))
 
     monkeypatch.setattr(os, "unlink", record)
-    bulk.write(make_job(tmp_path / name), make_images)
+    bulk.write(make_job(tmp_path / name), MAKE[name])
     assert gone[-2:] == ["complete.json", "lock"]
 
 
@@ -270,12 +363,12 @@ def process(monkeypatch):
     return become
 
 
-@pytest.mark.parametrize("name", ["x.npz", "x"])
+@pytest.mark.parametrize("name", MAKE)
 def test_the_first_process_looks_once_for_all_that_it_waits_for(
     tmp_path, monkeypatch, process, name
 ):
     job = make_job(tmp_path / name, chunk_size=1)
-    open_store, opened = bulk._open_store, []
+    open_store, opened = bulk.open_store, []
 
     def count(job):
         opened.append(job)
@@ -283,14 +376,14 @@ def test_the_first_process_looks_once_for_all_that_it_waits_for(
 
     def make_the_others(seconds):
         for first in range(1, 10, 2):
-            open_store(job).store(first, make_images(first, LABELS[first : first + 1]))
+            open_store(job).store(first, MAKE[name](first, LABELS[first : first + 1]))
 
     process(0)
-    monkeypatch.setattr(bulk, "_open_store", count)
+    monkeypatch.setattr(bulk, "open_store", count)
     monkeypatch.setattr(time, "sleep", make_the_others)
-    assert bulk.write(job, make_images) == 0
+    assert bulk.write(job, MAKE[name]) == 0
     assert len(opened) == 3
-    assert len(contents(job.out)) == (1 if name == "x.npz" else 10)
+    assert len(contents(job.out)) == {"x.npz": 1, "x": 10, "r": 4}[name]
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x"])

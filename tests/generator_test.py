@@ -228,6 +228,9 @@ def test_mixtures_lie_between_two_classes():
     assert mixed.dtype == np.float32
     with pytest.raises(ValueError, match="label 3 is out of range; allowed: 0 to 2"):
         maskgil_jax.mix_labels(0, 3, [0.5], num_classes=2)
+    for share in (-0.25, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"share {share:g} of the second class is out of"):
+            maskgil_jax.mix_labels(0, 1, [0.5, share], num_classes=2)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,11 @@ def test_mixtures_lie_between_two_classes():
 def test_wrong_mixtures_are_refused(mixture):
     with pytest.raises(ValueError, match=r"give \[b, 3\].* rows that sum to 1"):
         generation.check_labels(np.array(mixture), 2)
+
+
+def test_a_mixture_has_no_negative_weight():
+    with pytest.raises(ValueError, match="has the weight -0.5; weights are 0 or more"):
+        generation.check_labels(np.array([[0.5, 0.5, 0.0], [1.5, -0.5, 0.0]]), 2)
 
 
 @quick

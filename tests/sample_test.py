@@ -17,12 +17,16 @@ from absl import flags
 from flax import linen as nn
 from PIL import Image
 
-from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model, pictures
+from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model, pictures, sharding
 from maskgil_jax import config as schema
+from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build
 from maskgil_jax.cli import parse_size
+from maskgil_jax.data.token_records import TokenRecordSource
 from maskgil_jax.photo_edit import Edit
-from maskgil_jax.sample import parse_labels, parse_outpaint, sample
+from maskgil_jax.sample import describe_records, parse_labels, parse_outpaint, sample
+from maskgil_jax.tokenizers.base import Tokenizer
+from maskgil_jax.train import _open_batches, _open_tokenizer
 from maskgil_jax.workdir import claim_workdir
 from tools.export_weights import export_weights
 
@@ -116,6 +120,46 @@ def test_chunks_are_the_images_of_one_call(run_dir, tmp_path, name):
     assert os.listdir(tmp_path) == [name]
     with pytest.raises(ValueError, match="first_index -1 is out of range"):
         generator([0], first_index=-1)
+
+
+def test_records_are_codes_that_a_run_trains_on(
+    config, run_dir, tokenizer, tmp_path, capsys, monkeypatch
+):
+    settings = {"num_per_class": 9, "seed": 2, "batch_size": 4}
+    expected = ImageGenerator.from_checkpoint(run_dir, batch_size=4).tokens(
+        [0] * 9 + [1] * 9, seed=2
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "decode", lambda *_, **__: pytest.fail("pixels were made"))
+        sample(run_dir, tmp_path / "tokens", records=True, **settings)
+    assert "18 records of 16×16 pixels" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["tokens"]
+    config = config.copy_and_resolve_references()
+    config.data.update(name="tokens", path=str(tmp_path / "tokens"), flip=False)
+    source = build_data.make_source(config)
+    np.testing.assert_array_equal([source[i]["tokens"][0] for i in range(18)], expected)
+    assert [int(source[i]["label"]) for i in range(18)] == [0] * 9 + [1] * 9
+    # As a run begins: what does not fit its tokenizer and its model is refused.
+    vq = _open_tokenizer(config, source)
+    batch = next(_open_batches(config, source, vq, sharding.make_mesh({"data": -1})))
+    known = {(codes.tobytes(), i // 9) for i, codes in enumerate(expected)}
+    pairs = zip(np.asarray(batch["tokens"]), np.asarray(batch["label"]), strict=True)
+    assert {(codes.tobytes(), int(label)) for codes, label in pairs} <= known
+    # Another seed makes another data set, and of other codes.
+    sample(run_dir, tmp_path / "other", records=True, **settings | {"seed": 3})
+    other = build_data.make_source(config).name, TokenRecordSource(tmp_path / "other").name
+    assert other[0] != other[1]
+    config.tokenizer.path = "asset:digits_tokenizer"
+    with pytest.raises(ValueError, match="they were made by another tokenizer"):
+        _open_tokenizer(config, source)
+
+
+@pytest.mark.parametrize(("count", "shards"), [(1, 1), (4096, 1), (4097, 2), (1_000_000, 16)])
+def test_records_lie_in_few_files(run_dir, count, shards):
+    settings = {"labels": [1], "num_per_class": count, "size": [8, 24], "batch_size": 4}
+    generator = ImageGenerator.from_checkpoint(run_dir)
+    dataset = describe_records(generator, "vq", settings)
+    assert (dataset.num_shards, dataset.source_records, dataset.grid) == (shards, count, (2, 6))
 
 
 def test_other_sizes_than_the_trained_one(run_dir, tmp_path, capsys):
@@ -327,6 +371,11 @@ def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, mode
         ("x.npz", {"size": (16, 18)}, "width 18 is not a multiple .* for example to 16"),
         ("x.npz", {"edit": make_edit(), "labels": [0], "size": (16, 16)}, "exclude each other"),
         ("x.npz", {"edit": make_edit()}, "--edit needs --labels"),
+        ("x.npz", {"records": True}, r"ends in \.npz; with --records name a new directory"),
+        ("x.png", {"records": True}, r"ends in \.png; with --records name a new directory"),
+        ("x.bin", {"records": True}, r"ends in \.bin; allowed: \.png, \.npz, or a directory"),
+        ("x", {"records": True, "labels": [2]}, "label 2 is out of range; allowed: 0 to 1"),
+        ("x", {"records": True, "labels": [0], "edit": make_edit()}, "--records and --edit excl"),
         ("x", {"edit": make_edit(outpaint=(1, 0, 0, 0)), "labels": [0]}, "height 17 is not a mult"),
         ("x", {"edit": make_edit(outpaint=(0, 0, 0, 0)), "labels": [0]}, "padding .* out of range"),
         ("x", {"edit": make_edit(vary=1.0), "labels": [0]}, r"keep 1\.0 is out of range"),
@@ -466,12 +515,12 @@ def test_a_killed_command_goes_on_where_it_was(command, run_dir, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["whole.npz", "x.npz"]
 
 
-def test_two_processes_write_what_one_does(command, run_dir, tmp_path):
+def test_two_processes_write_what_one_does(command, run_dir, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = ["--num_per_class=9", "--batch_size=4", f"--coordinator=localhost:{port}"]
-    flags += [f"--out={tmp_path / 'x.npz'}", "--num_processes=2"]
+    flags += ["--records", f"--out={tmp_path / 'tokens'}", "--num_processes=2"]
     started = [command(*flags, f"--process_id={index}") for index in range(2)]
     try:
         results = [finish(process) for process in started]
@@ -479,7 +528,13 @@ def test_two_processes_write_what_one_does(command, run_dir, tmp_path):
         for process in started:
             process.kill()
     assert [status for status, _, _ in results] == [0, 0], results
-    assert ["18 images of" in said for _, said, _ in results] == [True, False]
-    sample(run_dir, tmp_path / "whole.npz", num_per_class=9, batch_size=4)
-    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["whole.npz", "x.npz"]
+    assert ["18 records of" in said for _, said, _ in results] == [True, False]
+    devices = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    sample(run_dir, tmp_path / "whole", records=True, num_per_class=9, batch_size=4)
+    names = sorted(os.listdir(tmp_path / "whole"))
+    assert sorted(os.listdir(tmp_path / "tokens")) == names
+    for name in names:
+        contents = [(tmp_path / folder / name).read_bytes() for folder in ("tokens", "whole")]
+        assert contents[0] == contents[1]
+    assert sorted(os.listdir(tmp_path)) == ["tokens", "whole"]
