@@ -4,6 +4,7 @@
 `make_image_fn` is both as one program, for export.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -312,6 +313,7 @@ def generate(
         ValueError: if a label, the seed or `first_index` is out of range, the batch size is not
             positive, `start` does not fit the labels or the model, or the model or the tokenizer
             gave no finite numbers.
+        MemoryError: if the device's memory does not suffice, and the remedy is known.
     """
     labels = check_labels(labels, model.num_classes)
     check_batch_size(batch_size)
@@ -377,11 +379,13 @@ class _Decoding:
         self, batch: masked.Batch, count: int, first_index: int, callback: Callback | None
     ) -> Generation:
         """Return what the first `count` images of a batch become."""
-        with jax.set_mesh(self.mesh):
+        size = len(batch.tokens)
+        with jax.set_mesh(self.mesh), self._explain_exhaustion(size):
             if callback is None:
-                tokens, trace, pixels = self._run_fused(batch)
+                results = self._run_fused(batch)
             else:
-                tokens, trace, pixels = self._run_on_host(batch, count, callback)
+                results = self._run_on_host(batch, count, callback)
+            tokens, trace, pixels = jax.block_until_ready(results)
         made = np.asarray(tokens)[:count]
         if (unknown := (made == self.model.mask_token_id).any(1)).any():
             raise ValueError(
@@ -393,6 +397,9 @@ class _Decoding:
             trace = np.asarray(trace)[:, :count].reshape(-1, count, *self.grid_size)
         if self.tokenizer is None:
             return Generation(tokens=made, trace=trace)
+        if pixels is None:
+            images = decode_images(self.tokenizer, made, batch_size=size)
+            return Generation(images=images, tokens=made, trace=trace)
         images, finite = (np.asarray(x)[:count] for x in pixels)
         if not finite.all():
             raise ValueError(
@@ -403,13 +410,12 @@ class _Decoding:
         return Generation(images=images, tokens=made, trace=trace)
 
     def _run_fused(self, batch: masked.Batch):
-        tokenizer = None if self.tokenizer is None else self.tokenizer.config
         run = make_generate_fn(
             self.model,
             self.sampler.program(),
             self.mesh,
             self.grid_size,
-            tokenizer=tokenizer,
+            tokenizer=self._decoder(),
             return_trace=self.return_trace,
         )
         tokens, trace, pixels = run(self.params, self.tokenizer_params, batch)
@@ -425,11 +431,22 @@ class _Decoding:
             tokens = np.asarray(state.tokens)
             callback(i, tokens[:count].reshape(count, *self.grid_size))
             history.append(tokens)
-        pixels = None
-        if self.tokenizer is not None:
-            run = make_decode_fn(self.tokenizer.config, self.mesh, self.grid_size)
+        pixels, decoder = None, self._decoder()
+        if decoder is not None:
+            run = make_decode_fn(decoder, self.mesh, self.grid_size)
             pixels = run(self.tokenizer_params, state.tokens)
         return tokens, np.stack(history) if self.return_trace else None, pixels
+
+    def _explain_exhaustion(self, batch_size: int) -> contextlib.AbstractContextManager[None]:
+        if self.tokenizer is None:
+            return contextlib.nullcontext()
+        return self.tokenizer.explain_exhaustion("generate", batch_size, self.grid_size, batch_size)
+
+    def _decoder(self) -> TokenizerConfig | None:
+        """Return what decodes inside a program; tiles are put together on the host."""
+        if self.tokenizer is None or self.tokenizer.needs_tiles(self.grid_size):
+            return None
+        return self.tokenizer.config
 
     def empty(self) -> Generation:
         """Return what no labels become."""

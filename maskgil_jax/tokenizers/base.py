@@ -200,8 +200,8 @@ class Tokenizer:
         """
         check_images(images, self.spec)
         grid = self.spec.grid_size(*images.shape[1:3])
-        with self._explain_exhaustion("encode", len(images), grid, batch_size):
-            if self._needs_tiles(grid, images):
+        with self.explain_exhaustion("encode", len(images), grid, batch_size):
+            if self._goes_in_tiles(grid, images):
                 latents = self._map_tiles("encode_latents", images, jnp.float32, batch_size)
                 return self._quantize(latents, batch_size)
             return self._apply("encode", images, jnp.float32, batch_size)
@@ -221,8 +221,8 @@ class Tokenizer:
         """
         check_tokens(tokens, self.spec)
         grid = tokens.shape[1:]
-        with self._explain_exhaustion("decode", len(tokens), grid, batch_size):
-            if self._needs_tiles(grid, tokens):
+        with self.explain_exhaustion("decode", len(tokens), grid, batch_size):
+            if self._goes_in_tiles(grid, tokens):
                 return self._map_tiles("decode", tokens, jnp.int32, batch_size)
             return self._apply("decode", tokens, jnp.int32, batch_size)
 
@@ -233,15 +233,18 @@ class Tokenizer:
         # Some devices complain of exhausted memory only when the result is waited for.
         return jax.block_until_ready(_in_batches(function, inputs, dtype, batch_size))
 
-    def _needs_tiles(self, grid: tuple[int, ...], inputs: Array | np.ndarray) -> bool:
+    def needs_tiles(self, grid: tuple[int, ...]) -> bool:
+        """Return whether a grid of tokens, (gh, gw), is larger than one tile."""
         if self.tiling is None:
             return False
-        tile, _ = self.tiling.in_tokens(self.spec.downsample_factor)
-        if max(grid) <= tile:
+        return max(grid) > self.tiling.in_tokens(self.spec.downsample_factor)[0]
+
+    def _goes_in_tiles(self, grid: tuple[int, ...], inputs: Array | np.ndarray) -> bool:
+        if not self.needs_tiles(grid):
             return False
         if isinstance(inputs, jax.core.Tracer):
             raise ValueError(
-                f"a grid of {grid[0]}×{grid[1]} tokens needs tiles of {tile}, which are put "
+                f"a grid of {grid[0]}×{grid[1]} tokens needs tiles, which are put "
                 "together on the host; call the tokenizer outside jax.jit, or without a tiling"
             )
         return True
@@ -282,7 +285,7 @@ class Tokenizer:
         return tokens.reshape(-1)[: len(positions)].reshape(shape)
 
     @contextlib.contextmanager
-    def _explain_exhaustion(
+    def explain_exhaustion(
         self, verb: str, count: int, grid: tuple[int, ...], batch_size: int | None
     ) -> Iterator[None]:
         """Turn the device's complaint that memory is exhausted into a `MemoryError` with a remedy.

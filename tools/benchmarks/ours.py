@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 import runpy
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -276,26 +277,34 @@ class SamplerTail:
         self.forward = lambda: jax.block_until_ready(predict(params, *both))
 
 
-def compile_sampler(size: str, batch_size: int, settings: dict) -> None:
-    """Trace, lower and compile the whole decoding loop."""
-    jax.clear_caches()
+def sampler_compiler(size: str, batch_size: int, settings: dict) -> Callable[[], Any]:
+    """Return what traces, lowers and compiles labels to pixels, from nothing every time."""
     config = make_config(size, batch_size, "float32")
     model, mesh = model_config(config), sharding.make_mesh({}, jax.devices()[:1])
-    shapes = nn.unbox(jax.eval_shape(build_models.init_model(model), jax.random.key(0)))
-    generation.make_generate_fn.cache_clear()
-    sampler, length = SamplerConfig(**settings), model.seq_len
-    run = generation.make_generate_fn(model, sampler.program(), mesh)
-    batch = jax.eval_shape(
-        lambda: masked.Batch(
-            tokens=jnp.zeros((batch_size, length), jnp.int32),
-            condition=jnp.zeros(batch_size, jnp.int32),
-            null_condition=None,
-            rngs=masked.image_keys(0, np.arange(batch_size)),
-            plan=sampler.plan(jnp.full(batch_size, length), length),
+    sampler, length, vq = SamplerConfig(**settings), model.seq_len, vq_config(size)
+    image = jnp.zeros((1, vq.downsample_factor, vq.downsample_factor, 3))
+    shapes = jax.eval_shape(
+        lambda: (
+            nn.unbox(build_models.init_model(model)(jax.random.key(0))),
+            vq.make_module().init(jax.random.key(0), image)["params"],
+            masked.Batch(
+                tokens=jnp.zeros((batch_size, length), jnp.int32),
+                condition=jnp.zeros(batch_size, jnp.int32),
+                null_condition=None,
+                rngs=masked.image_keys(0, np.arange(batch_size)),
+                plan=sampler.plan(jnp.full(batch_size, length), length),
+            ),
         )
     )
-    with jax.set_mesh(mesh):
-        run.lower(shapes, None, batch).compile()
+
+    def compile_all() -> None:
+        jax.clear_caches()
+        generation.make_generate_fn.cache_clear()
+        run = generation.make_generate_fn(model, sampler.program(), mesh, tokenizer=vq)
+        with jax.set_mesh(mesh):
+            run.lower(*shapes).compile()
+
+    return compile_all
 
 
 def compile_step(config: ConfigDict) -> None:

@@ -221,11 +221,13 @@ def warm_cache(
     settings = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
     before = {name: getattr(jax.config, name) for name in settings}
 
+    compile_sampler = ours.sampler_compiler(size, batch_size, SAMPLER)
+
     def compile_in(folder: str) -> None:
         # JAX opens its cache once; another folder needs it closed.
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", folder)
-        ours.compile_sampler(size, batch_size, SAMPLER)
+        compile_sampler()
 
     def compile_cold() -> None:
         with tempfile.TemporaryDirectory() as empty:
