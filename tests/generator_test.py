@@ -191,6 +191,50 @@ def test_size_asks_for_another_grid(generator):
 
 
 @quick
+def test_settings_that_are_numbers_are_not_compiled_anew(generator, caplog):
+    settings = dict(num_steps=4, guidance_scale=2.0, guidance_schedule="linear", top_p=0.9)
+    generator(LABELS, **settings)
+    numbers = dict(
+        guidance_scale=3.0,
+        temperature=0.7,
+        temperature_annealing=0.2,
+        gumbel_temperature=1.0,
+        top_p=0.5,
+        schedule="cosine",
+        schedule_form="mask_ratio",
+    )
+    with jax.log_compiles():
+        images = generator([1, 1, 0], seed=5, **settings | numbers)
+        assert "jit(run)" not in caplog.text
+        assert (images != generator(LABELS, num_steps=3)).any()
+    assert "jit(run)" in caplog.text
+
+
+@quick
+def test_images_that_begin_alike_are_computed_together_at_first(generator):
+    tokens, labels = np.full((8, 16), 32), np.array([0, 1, 1, 0, 0, 0, 1, 1])
+    shared = generation.find_shared(tokens, labels, shards=1)
+    np.testing.assert_array_equal(shared.rows, [0, 1])
+    np.testing.assert_array_equal(shared.groups, labels)
+    np.testing.assert_array_equal(generation.find_shared(tokens, labels * 0, 2).rows, [0, 0])
+    # Too many kinds, rows that the devices cannot share, too few images.
+    tokens[2, 3] = 5
+    assert generation.find_shared(tokens, labels, 1) is None
+    assert generation.find_shared(tokens[3:], labels[3:], 2) is None
+    assert generation.find_shared(tokens[:3], labels[:3], 1) is None
+    wide = maskgil_jax.ImageGenerator(
+        generator.model, generator.tokenizer, batch_size=8, mesh=generator.mesh
+    )
+    expected = generator(labels, seed=2, guidance_scale=2.0)
+    alike = wide(labels, seed=2, guidance_scale=2.0, return_trace=True)
+    assert np.abs(alike.images.astype(int) - expected).max() <= 1
+    seen = []
+    by_hand = wide(labels, seed=2, guidance_scale=2.0, callback=lambda i, x: seen.append(x))
+    np.testing.assert_array_equal(np.stack(seen), alike.trace)
+    np.testing.assert_array_equal(by_hand, alike.images)
+
+
+@quick
 def test_large_images_pass_the_tokenizer_in_tiles(generator, directory):
     small = generator(LABELS, seed=1)
     tiled = maskgil_jax.load_tokenizer(directory, tile_size=16)
