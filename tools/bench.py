@@ -3,14 +3,15 @@
     python tools/bench.py --rows 1c,7 --size b [--table]
 
 The rows are those of BENCHMARKS.md, which keeps the figures. The device is JAX's default one; rows
-1 and 2 need a GPU. Contenders take turns in blocks; `ratio` is the median over the blocks, `spread`
-is (largest - smallest) / median. A result is `void` if the rate of a plain matmul moved by more
-than 5 % from before to after: then something else was running.
+1, 2, 3, 3r and 4 need a GPU. Contenders take turns in blocks; `ratio` is the median over the
+blocks, `spread` is (largest - smallest) / median. A result is `void` if the rate of a plain matmul
+moved by more than 5 % from before to after: then something else was running.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -73,6 +74,8 @@ def format_table(results: Iterable[Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; return the exit status, 1 after a refusal with its reason on stderr."""
     args = build_parser().parse_args(arguments)
+    # Else JAX takes most of a GPU's memory, and leaves PyTorch too little of the same one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sharding.split_cpu(min(encoding.batch_size for encoding in ours.ENCODINGS))
     # A compiler's answer from an earlier run is no measurement.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -1,14 +1,19 @@
 """The PyTorch peer computes what we compute, and the benchmark reports what it should."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from maskgil_jax.build import models as build
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
@@ -28,13 +33,22 @@ def _tools_importable(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _keep_settings():
+def _keep_settings(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     cache = jax.config.jax_enable_compilation_cache
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     jax.config.update("jax_enable_compilation_cache", cache)
+
+
+@pytest.fixture
+def small_matmul(monkeypatch):
+    """A ceiling that takes no time, where rates mean nothing."""
+    from benchmarks import timing
+
+    monkeypatch.setitem(timing.MATMUL_SIDE, "cpu", 64)
 
 
 def make_both(**options):
@@ -134,6 +148,29 @@ def test_arithmetic_is_that_of_the_table():
     assert training == {"b": 157.6, "l": 520.6, "xl": 1196.5, "xxl": 2192.6}
 
 
+def test_operations_are_counted_in_loops_and_convolutions():
+    from benchmarks import flops, ours
+
+    assert ours.decode_flops(LlamaGenVQConfig(), (16, 16)) / 1e9 == pytest.approx(253, abs=0.5)
+    # The model's layers are a scan; its head is computed on padded rows, which earn no credit.
+    model = build.model_config(ours.make_config("b", 1, "float32"))
+    shapes = jax.eval_shape(build.init_model(model), jax.random.key(0))
+    inputs = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, *model.grid_size), (1,)))
+    counted = flops.count_flops(
+        lambda params, *inputs: model.make_module().apply({"params": params}, *inputs),
+        shapes,
+        *inputs,
+    )
+    padding = 2 * model.seq_len * model.width * model.head_padding
+    assert counted == ours.forward_flops(model) + padding
+
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ x, x)
+
+    with pytest.raises(ValueError, match="'while' holds matrix products"):
+        flops.count_flops(loop, jnp.ones((2, 2)))
+
+
 def run_bench(*arguments):
     import bench
 
@@ -202,11 +239,21 @@ def test_encoding_is_reported_in_images_per_second(capsys):
     assert result["ours_images_per_second"] > 0
 
 
-def test_sampling_peer_gives_our_images():
-    from benchmarks import ours, torch_sampling, torch_vq
+GREEDY = {
+    "num_steps": 4,
+    "schedule": "arccos",
+    "guidance_scale": 3.0,
+    "temperature": 0.0,
+    "gumbel_temperature": 0.0,
+}
 
-    greedy = dict(num_steps=4, guidance_scale=3.0, temperature=0.0, gumbel_temperature=0.0)
-    us = ours.OursSampler("tiny", 2, greedy)
+
+@functools.cache
+def sample_greedily():
+    """Our sampler without randomness, what peers take of it, its tokens and its images."""
+    from benchmarks import ours
+
+    us = ours.OursSampler("tiny", 2, GREEDY)
     rng = np.random.default_rng(0)
     # Random everywhere: a zero head, bias or a unit scale would hide a wrong one.
     us.replace_params(
@@ -214,23 +261,88 @@ def test_sampling_peer_gives_our_images():
             lambda x: x + rng.normal(size=x.shape).astype(np.float32) / 3, (us.params, us.vq_params)
         )
     )
-    tokens, images = us.sample_tokens(), us.sample()
+    inputs = us.model, us.params, us.vq, us.vq_params
+    return inputs, us.labels, us.sample_tokens(), us.sample()
+
+
+def test_sampling_peers_give_our_tokens():
+    from benchmarks import torch_sampling
+
+    inputs, labels, tokens, _ = sample_greedily()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    shared = dict(labels=labels, settings=GREEDY, layouts=(), device="cpu")
+    torch.compiler.reset()
+    peers = [
+        torch_sampling.TorchSampler(*inputs, **shared),
+        torch_sampling.TorchSampler(*inputs, **shared, compiler=count),
+        torch_sampling.ReleasedSampler(*inputs, **shared, autocast=False),
+    ]
     assert len(np.unique(tokens)) > 5
+    for peer in peers:
+        np.testing.assert_array_equal(peer.sample_tokens(), tokens)
+    # With and without guidance, each one graph without a fetch; no number of a step recompiles.
+    assert len(graphs) == 2
+
+
+def test_sampling_peer_gives_our_images():
+    from benchmarks import torch_sampling, torch_vq
+
+    inputs, labels, tokens, images = sample_greedily()
+    shared = dict(labels=labels, settings=GREEDY, layouts=tuple(torch_vq.LAYOUTS), device="cpu")
+    peer = torch_sampling.TorchSampler(*inputs, **shared)
+    half = torch_sampling.TorchSampler(*inputs, **shared, dtype="bfloat16")
     for layout in torch_vq.LAYOUTS:
-        peer = torch_sampling.TorchSampler(
-            us.model,
-            us.params,
-            us.vq,
-            us.vq_params,
-            labels=us.labels,
-            settings=greedy,
-            layout=layout,
-            device="cpu",
-        )
         # A rounding in float32 may move a value over the edge between two grey levels.
-        assert np.abs(peer.decode(torch.from_numpy(tokens)).astype(int) - images).max() <= 1
-        assert np.abs(peer.sample().astype(int) - images).max() <= 1
+        assert np.abs(peer.sample(layout).astype(int) - images).max() <= 1
+        errors = np.abs(half.decode(torch.from_numpy(tokens), layout).astype(int) - images)
+        assert 0 < errors.mean() < 8
     assert np.ptp(images) > 50
+
+
+def test_each_layout_is_that_of_the_images():
+    from benchmarks import torch_vq
+
+    config = LlamaGenVQConfig(codebook_size=9, channels=32, channel_multipliers=(1, 1))
+    for memory in torch_vq.LAYOUTS.values():
+        decoder = torch_vq.TorchDecoder(config).to(memory_format=memory)
+        with torch.inference_mode():
+            images = decoder(torch.zeros((2, 4, 4), dtype=torch.long))
+        assert images.is_contiguous(memory_format=memory)
+
+
+@pytest.mark.parametrize("name", ["TorchSampler", "ReleasedSampler"])
+def test_sampling_peers_draw_from_the_model(name):
+    from benchmarks import torch_sampling
+
+    config, params, model = make_both()
+    settings = GREEDY | {"num_steps": 1, "guidance_scale": 1.5, "temperature": 0.2}
+    count, label = 400, 3
+    vq = LlamaGenVQConfig(codebook_size=config.codebook_size)
+    shared = dict(labels=[label] * count, settings=settings, layouts=(), device="cpu")
+    options = {"autocast": False} if name == "ReleasedSampler" else {}
+    peer = getattr(torch_sampling, name)(config, params, vq, {}, **shared, **options)
+    torch.manual_seed(0)
+    tokens = peer.sample_tokens().flatten(1).numpy()
+    start = torch.full((1, *config.grid_size), config.mask_token_id)
+    with torch.inference_mode():
+        cond, uncond = (
+            model(start, torch.tensor([x]))[0, :, :-1].numpy() for x in (label, config.null_label)
+        )
+    # A single step of the released ramp is its first, which has no guidance.
+    scale = 1.0 if name == "ReleasedSampler" else 1.5
+    logits = (uncond + scale * (cond - uncond)).astype(np.float64) / 0.2
+    expected = count * np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    seen = np.stack([np.bincount(column, minlength=20) for column in tokens.T])
+    # Rare codes count together: alone they have no chi-square distribution.
+    rare = expected < 5
+    table = [np.append(x[~rare], x[rare].sum()) for x in (seen, expected)]
+    assert 0 < rare.mean() < 0.7
+    assert stats.chisquare(*table, ddof=len(seen) - 1).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("row", ["7s", "8", "12c"])
@@ -245,6 +357,86 @@ def test_rows_of_the_sampler_are_ratios_of_what_they_report(row, capsys):
     else:
         ratio = np.divide(*(result[f"{name}_seconds"] for name in parts[row]))
     assert result["ratio"] == pytest.approx(ratio, rel=0.5)
+
+
+@pytest.mark.usefixtures("small_matmul", "quick_compilation")
+@pytest.mark.parametrize(
+    ("row", "options"), [("3", {"compiler": "eager"}), ("3r", {"autocast": False}), ("4", {})]
+)
+def test_gpu_rows_measure_what_they_say(row, options):
+    from benchmarks import rows, timing
+
+    effort = timing.Effort(block_seconds=0.001)
+    (result,) = rows.ROWS[row].run(row, "tiny", effort, batch_size=4, **options)
+    told = result.to_dict()
+    assert told.keys() >= FIELDS
+    assert told["dtype"] == "bfloat16"
+    if row == "4":
+        work = 4 * (16 * told["forward_gflop"] + told["decode_gflop"])
+        rate = work / told["sampling_seconds"]
+        assert rate == pytest.approx(told["sampling_gflops"], rel=0.01)
+        assert told["ratio"] == pytest.approx(rate / told["ceiling_gflops"], rel=0.5)
+    else:
+        peers = {"3": ["nchw", "channels_last"], "3r": ["nchw"]}[row]
+        fastest = max(told[f"{layout}_images_per_second"] for layout in peers)
+        assert fastest == told[f"{told['torch_layout']}_images_per_second"]
+        assert told["ratio"] == pytest.approx(told["ours_images_per_second"] / fastest, rel=0.5)
+
+
+def test_sizes_have_the_goals_of_the_table():
+    from benchmarks import rows
+
+    def goals(row):
+        options = rows.ROWS[row].run.keywords
+        return options["goals"] if "goals" in options else options["goal"]
+
+    assert goals("3") == {"b": 1.15, "l": 1.10, "xl": 1.10, "xxl": 1.10}
+    assert goals("3r") == 2.0
+    assert goals("4") == {"b": 0.48, "l": 0.56, "xl": 0.62, "xxl": 0.64}
+    assert goals("11") == goals("11t") == 1.05
+
+
+@pytest.mark.usefixtures("small_matmul", "quick_compilation")
+@pytest.mark.parametrize("row", ["11", "11t"])
+def test_growth_is_told_over_that_of_the_operations(row, capsys):
+    assert run_bench("--rows", row) == 0
+    time, memory = map(json.loads, capsys.readouterr().out.splitlines())
+    for result, unit in ((time, "seconds"), (memory, "temp_bytes")):
+        assert result.keys() >= FIELDS
+        assert result["better"] == "lower"
+        grew = result[f"{unit}_64_tokens"] / result[f"{unit}_16_tokens"]
+        assert result["ratio"] == pytest.approx(grew / result["flops_ratio"], rel=0.5)
+    # No faster machine and no quieter one changes what a program needs.
+    assert "ceiling_drift" not in memory
+    assert (memory["void"], memory["spread"]) == (False, 0)
+    assert memory["ratio"] * memory["flops_ratio"] == pytest.approx(
+        memory["memory_ratio"], rel=0.01
+    )
+    assert memory["memory_ratio"] > 1
+
+
+def test_operations_of_xl_grow_as_the_table_says():
+    from benchmarks import ours
+
+    small = ours.model_config(ours.make_config("xl", 1, "float32"))
+    large = dataclasses.replace(small, grid_size=(32, 32))
+    ratio = ours.forward_flops(large) / ours.forward_flops(small)
+    assert ratio == pytest.approx(4.35, abs=0.005)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", ["1", "2", "3", "3r", "4"])
+def test_row_on_a_gpu(row):
+    # A process of its own, as a user runs it: it leaves the GPU's memory to the next.
+    command = [sys.executable, str(TOOLS / "bench.py"), "--rows", row, "--size", "b"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    (result,) = map(json.loads, done.stdout.splitlines())
+    assert result.keys() >= FIELDS
+    assert result["hardware"].startswith("one NVIDIA")
+    assert result["goal"] is not None
+    assert not result["void"]
+    assert result["ratio"] > 0
 
 
 def test_drift_voids_a_result():
@@ -263,8 +455,14 @@ def test_drift_voids_a_result():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "7,77"], "rows 77 are unknown; allowed: 1, 1c, 2, 7, 7e, 7s, 8, 12c, 12"),
-        (["--rows", "1"], "need a GPU.*allowed here: 1c, 7, 7e, 7s, 8, 12c, 12"),
+        (
+            ["--rows", "7,77"],
+            "rows 77 are unknown; allowed: 1, 1c, 2, 3, 3r, 4, 7, 7e, 7s",
+        ),
+        (
+            ["--rows", "1,2,3,3r,4"],
+            "rows 1, 2, 3, 3r, 4 need a GPU.*allowed here: 1c, 7, 7e, 7s, 8, 11, 11t, 12c, 12",
+        ),
         (["--rows", "7", "--size", "m"], "size 'm' is unknown; allowed: b, l, xl, xxl, tiny"),
         (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),
     ],

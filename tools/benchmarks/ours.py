@@ -1,6 +1,7 @@
 """Our side of the benchmarks: configurations, arithmetic, and the calls that are timed."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import runpy
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmarks.flops import count_flops
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -68,6 +70,16 @@ def training_flops(config: MaskGILConfig) -> int:
     return 3 * forward_flops(config)
 
 
+def decode_flops(config: LlamaGenVQConfig, grid_size: tuple[int, int]) -> int:
+    """Return the operations of turning one grid of tokens (gh, gw) into pixels."""
+    module = config.make_module()
+    side = config.downsample_factor
+    image = jax.ShapeDtypeStruct((1, side, side, config.image_channels), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), image)
+    tokens = jax.ShapeDtypeStruct((1, *grid_size), jnp.int32)
+    return count_flops(functools.partial(module.apply, method="decode"), params, tokens)
+
+
 def model_config(config: ConfigDict) -> MaskGILConfig:
     """Return the model section of a configuration.
 
@@ -78,6 +90,11 @@ def model_config(config: ConfigDict) -> MaskGILConfig:
     if not isinstance(model, MaskGILConfig):
         raise ValueError(f"model.family is {model.family!r}; only 'maskgil' is benchmarked")
     return model
+
+
+def init_params(model: MaskGILConfig) -> Any:
+    """Return the random parameters of a new model, whose head is zero."""
+    return nn.unbox(jax.jit(build_models.init_model(model))(jax.random.key(0)))
 
 
 def draw_batch(config: ConfigDict) -> dict[str, np.ndarray]:
@@ -181,15 +198,22 @@ class OursVQ:
         return np.asarray(self._encode({"image": self._images, "label": None})["tokens"])
 
 
-def vq_config(size: str) -> LlamaGenVQConfig:
+def vq_config(size: str, dtype: str) -> LlamaGenVQConfig:
     """Return the tokenizer that a model of this size decodes with."""
-    return TRIAL_VQ if size == TRIAL_SIZE else LlamaGenVQConfig()
+    config = TRIAL_VQ if size == TRIAL_SIZE else LlamaGenVQConfig()
+    return dataclasses.replace(config, dtype=dtype)
 
 
 class OursSampler:
     """Our generator, from labels to pixels, with random weights (and the zero head of a new model).
 
     On a CPU it uses all devices, which are the same cores for the peer; else one.
+
+    Args:
+        size: of the model.
+        batch_size: images.
+        settings: of the sampler.
+        dtype: type of the computation, of the tokenizer's too.
 
     Attributes:
         model: architecture of the model.
@@ -199,12 +223,11 @@ class OursSampler:
         labels: classes of the batch.
     """
 
-    def __init__(self, size: str, batch_size: int, settings: dict):
-        config = make_config(size, batch_size, "float32")
-        self.model, self.vq = model_config(config), vq_config(size)
+    def __init__(self, size: str, batch_size: int, settings: dict, dtype: str = "float32"):
+        config = make_config(size, batch_size, dtype)
+        self.model, self.vq = model_config(config), vq_config(size, dtype)
         self.labels = [i % config.model.num_classes for i in range(batch_size)]
-        init = build_models.init_model(self.model)
-        self.params = nn.unbox(jax.jit(init)(jax.random.key(0)))
+        self.params = init_params(self.model)
         side = self.vq.downsample_factor
         images = np.zeros((1, side, side, 3), np.float32)
         self.vq_params = jax.jit(self.vq.make_module().init)(jax.random.key(1), images)["params"]
@@ -248,13 +271,8 @@ class SamplerTail:
         length, mask = model.seq_len, model.mask_token_id
         tokens = jnp.full((batch_size, length), mask)
         labels, null = jnp.zeros(batch_size, jnp.int32), jnp.full(batch_size, model.null_label)
-        batch = masked.Batch(
-            tokens=tokens,
-            condition=labels,
-            null_condition=null,
-            rngs=masked.image_keys(0, np.arange(batch_size)),
-            plan=sampler.plan(jnp.full(batch_size, length), length),
-        )
+        batch = start_batch(model, batch_size, sampler, model.grid_size)
+        batch = dataclasses.replace(batch, condition=labels, null_condition=null)
         state = masked.start_state(tokens)
 
         def step(logits, i, state):
@@ -270,47 +288,134 @@ class SamplerTail:
             grids = tokens.reshape(-1, *model.grid_size)
             return module.apply({"params": params}, grids, labels)
 
-        params = nn.unbox(jax.jit(build_models.init_model(model))(jax.random.key(0)))
+        params = init_params(model)
         both = jnp.concatenate([tokens, tokens]), jnp.concatenate([labels, null])
         logits, middle, jitted = predict(params, *both), sampler.num_steps // 2, jax.jit(step)
         self.tail = lambda: jax.block_until_ready(jitted(logits, middle, state))
         self.forward = lambda: jax.block_until_ready(predict(params, *both))
 
 
+def start_batch(
+    model: MaskGILConfig, batch_size: int, sampler: SamplerConfig, grid_size: tuple[int, int]
+) -> masked.Batch:
+    """Return a batch of which nothing is known, of different classes."""
+    length = math.prod(grid_size)
+    return masked.Batch(
+        tokens=jnp.full((batch_size, length), model.mask_token_id, jnp.int32),
+        condition=jnp.arange(batch_size, dtype=jnp.int32) % model.num_classes,
+        null_condition=None,
+        rngs=masked.image_keys(0, np.arange(batch_size)),
+        plan=sampler.plan(jnp.full(batch_size, length), length),
+    )
+
+
+def lower_sampler(
+    params: Any,
+    vq_params: Any,
+    batch: masked.Batch,
+    model: MaskGILConfig,
+    sampler: SamplerConfig,
+    grid_size: tuple[int, int],
+    vq: LlamaGenVQConfig | None = None,
+) -> Any:
+    """Trace and lower the generator's program `(params, vq_params, batch)`, for one device.
+
+    Arrays or their shapes; codes only without a tokenizer.
+    """
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    run = generation.make_generate_fn(model, sampler.program(), mesh, grid_size, tokenizer=vq)
+    with jax.set_mesh(mesh):
+        return run.lower(params, vq_params, batch)
+
+
 def sampler_compiler(size: str, batch_size: int, settings: dict) -> Callable[[], Any]:
     """Return what traces, lowers and compiles labels to pixels, from nothing every time."""
-    config = make_config(size, batch_size, "float32")
-    model, mesh = model_config(config), sharding.make_mesh({}, jax.devices()[:1])
-    sampler, length, vq = SamplerConfig(**settings), model.seq_len, vq_config(size)
+    model, vq = model_config(make_config(size, batch_size, "float32")), vq_config(size, "float32")
+    sampler = SamplerConfig(**settings)
     image = jnp.zeros((1, vq.downsample_factor, vq.downsample_factor, 3))
     shapes = jax.eval_shape(
         lambda: (
             nn.unbox(build_models.init_model(model)(jax.random.key(0))),
             vq.make_module().init(jax.random.key(0), image)["params"],
-            masked.Batch(
-                tokens=jnp.zeros((batch_size, length), jnp.int32),
-                condition=jnp.zeros(batch_size, jnp.int32),
-                null_condition=None,
-                rngs=masked.image_keys(0, np.arange(batch_size)),
-                plan=sampler.plan(jnp.full(batch_size, length), length),
-            ),
+            start_batch(model, batch_size, sampler, model.grid_size),
         )
     )
 
     def compile_all() -> None:
         jax.clear_caches()
         generation.make_generate_fn.cache_clear()
-        run = generation.make_generate_fn(model, sampler.program(), mesh, tokenizer=vq)
-        with jax.set_mesh(mesh):
-            run.lower(*shapes).compile()
+        params, vq_params, batch = shapes
+        lowered = lower_sampler(params, vq_params, batch, model, sampler, model.grid_size, vq)
+        lowered.compile()
 
     return compile_all
+
+
+class SampledGrid:
+    """Codes of one grid size drawn by one program, and what it needs.
+
+    Args:
+        model: architecture.
+        params: its parameters; those of 2D RoPE models serve every grid.
+        grid_size: (gh, gw).
+        batch_size: images.
+        settings: of the sampler.
+
+    Attributes:
+        length: number of tokens.
+        flops: operations of one forward pass of one image.
+        temp_bytes: memory that the program takes besides its arguments and its result.
+    """
+
+    def __init__(
+        self,
+        model: MaskGILConfig,
+        params: Any,
+        grid_size: tuple[int, int],
+        batch_size: int,
+        settings: dict,
+    ):
+        self.length = math.prod(grid_size)
+        self.flops = forward_flops(dataclasses.replace(model, grid_size=grid_size))
+        sampler = SamplerConfig(**settings)
+        batch = start_batch(model, batch_size, sampler, grid_size)
+        self._run = lower_sampler(params, None, batch, model, sampler, grid_size).compile()
+        self.temp_bytes = _temp_bytes(self._run)
+        self._inputs = params, None, batch
+
+    def run(self) -> None:
+        """Draw the codes of the batch."""
+        jax.block_until_ready(self._run(*self._inputs))
+
+
+class TrainedGrid:
+    """The training step of one grid size, and what it needs; the attributes are `SampledGrid`'s.
+
+    Args:
+        config: of a run on grids of any size.
+        grid_size: (gh, gw).
+    """
+
+    def __init__(self, config: ConfigDict, grid_size: tuple[int, int]):
+        config = config.copy_and_resolve_references()
+        config.model.grid_size = grid_size
+        self.length, self.flops = math.prod(grid_size), forward_flops(model_config(config))
+        self.temp_bytes = _temp_bytes(lower_step(config).compile())
+        self.run = Ours(config).train
+
+
+def lower_step(config: ConfigDict) -> Any:
+    """Trace and lower the training step."""
+    task = make_task(config)
+    batch = jax.eval_shape(lambda: draw_batch(config))
+    return task.step.lower(task.abstract, jax.eval_shape(task.empty_metrics), batch)
 
 
 def compile_step(config: ConfigDict) -> None:
     """Trace, lower and compile the training step from nothing."""
     jax.clear_caches()
-    task = make_task(config)
-    batch = jax.eval_shape(lambda: draw_batch(config))
-    metrics = jax.eval_shape(task.empty_metrics)
-    task.step.lower(task.abstract, metrics, batch).compile()
+    lower_step(config).compile()
+
+
+def _temp_bytes(compiled: Any) -> int:
+    return int(compiled.memory_analysis().temp_size_in_bytes)

@@ -27,7 +27,7 @@ class Result:
         goal: what the ratio should reach; `None` where none is set for this size and device.
         better: `higher` or `lower`.
         spread: (largest - smallest) / median of the blocks' ratios.
-        times: the measurement behind it.
+        times: the measurement behind it; `None` if nothing is timed, which no drift can void.
         figures: raw figures, each name ending in its unit.
     """
 
@@ -37,7 +37,7 @@ class Result:
     goal: float | None
     better: str = "higher"
     spread: float
-    times: Times
+    times: Times | None
     figures: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +45,10 @@ class Result:
         met = None
         if self.goal is not None:
             met = self.ratio >= self.goal if self.better == "higher" else self.ratio <= self.goal
+        ceiling = {}
+        if self.times is not None:
+            ceiling["ceiling_gflops"] = gflops(np.median(self.times.ceilings))
+            ceiling["ceiling_drift"] = round(self.times.drift, 4)
         return {
             "row": self.row,
             "name": self.name,
@@ -53,11 +57,10 @@ class Result:
             "better": self.better,
             "met": met,
             "spread": round(self.spread, 3),
-            "void": self.times.drift > MAX_DRIFT,
+            "void": self.times is not None and self.times.drift > MAX_DRIFT,
             "hardware": describe_hardware(),
             "versions": describe_versions(),
-            "ceiling_gflops": gflops(np.median(self.times.ceilings)),
-            "ceiling_drift": round(self.times.drift, 4),
+            **ceiling,
             **self.figures,
         }
 

@@ -3,27 +3,17 @@
 import dataclasses
 import functools
 import importlib.util
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
-from benchmarks import ours
+from benchmarks import ours, rows_growth, rows_sampling
+from benchmarks.comparison import against_layouts, torch_device
 from benchmarks.results import CPU, GPU, Result, gflops, seconds, summarise
 from benchmarks.timing import Effort, measure
-from jax.experimental.compilation_cache import compilation_cache
 
 from maskgil_jax.build import tasks as build
-
-SAMPLER = {
-    "num_steps": 8,
-    "schedule": "arccos",
-    "guidance_scale": 2.0,
-    "guidance_schedule": "linear",
-    "temperature": 1.0,
-    "gumbel_temperature": 4.5,
-}
+from maskgil_jax.models.sizes import SIZES
 
 
 def training_rate(
@@ -77,7 +67,7 @@ def against_torch(
         smoothing=config.training.label_smoothing,
         condition_dropout=config.training.condition_dropout,
         batch=ours.draw_batch(config),
-        device=_torch_device(),
+        device=torch_device(),
         compiled=compiled,
     )
     flops = {"forward": ours.forward_flops(model), "train": ours.training_flops(model)}
@@ -112,12 +102,12 @@ def encoding_against_torch(row: str, size: str, effort: Effort, *, goal: float) 
     encodings = ours.TRIAL_ENCODINGS if size == ours.TRIAL_SIZE else ours.ENCODINGS
     for encoding in encodings:
         params, images = encoding.init_params(), encoding.draw_images()
-        device = _torch_device()
+        device = torch_device()
         peers = {
             layout: TorchVQSide(encoding.config, params, images, layout=layout, device=device)
             for layout in LAYOUTS
         }
-        yield _against_layouts(
+        yield against_layouts(
             ours.OursVQ(encoding, params).encode,
             {layout: peer.encode for layout, peer in peers.items()},
             effort,
@@ -125,136 +115,9 @@ def encoding_against_torch(row: str, size: str, effort: Effort, *, goal: float) 
             name=f"encoding, images/s ÷ PyTorch eager float32, LlamaGen-VQ, {encoding}",
             goal=goal,
             batch_size=encoding.batch_size,
+            dtype="float32",
             settings={},
         )
-
-
-def sampling_against_torch(
-    row: str, size: str, effort: Effort, *, batch_size: int, goal: float
-) -> Iterator[Result]:
-    """Measure how many times as fast as PyTorch we turn labels into pixels."""
-    from benchmarks.torch_sampling import TorchSampler
-    from benchmarks.torch_vq import LAYOUTS
-
-    us = ours.OursSampler(size, batch_size, SAMPLER)
-    shared = (us.model, us.params, us.vq, us.vq_params)
-    settings = {k: v for k, v in SAMPLER.items() if k != "guidance_schedule"}
-    peers = {
-        layout: TorchSampler(
-            *shared, labels=us.labels, settings=settings, layout=layout, device=_torch_device()
-        )
-        for layout in LAYOUTS
-    }
-    yield _against_layouts(
-        us.sample,
-        {layout: peer.sample for layout, peer in peers.items()},
-        effort,
-        row=row,
-        name=f"sampling with decode, images/s ÷ PyTorch eager float32, {size.upper()}",
-        goal=goal,
-        batch_size=batch_size,
-        settings=SAMPLER,
-    )
-
-
-def _torch_device() -> str:
-    return "cpu" if jax.default_backend() == CPU else "cuda"
-
-
-def _against_layouts(
-    us: Callable[[], Any],
-    peers: Mapping[str, Callable[[], Any]],
-    effort: Effort,
-    *,
-    row: str,
-    name: str,
-    goal: float,
-    batch_size: int,
-    settings: Mapping[str, Any],
-) -> Result:
-    """Compare images per second with PyTorch in each memory layout; the fastest one counts."""
-    contenders = {"ours": us, **peers}
-    times = measure(contenders, "float32", effort)
-    best = min(peers, key=lambda layout: np.median(times.seconds[layout]))
-    rates = {side: batch_size / np.median(times.seconds[side]) for side in contenders}
-    return Result(
-        row=row,
-        name=name,
-        **summarise(times.seconds[best] / times.seconds["ours"]),
-        goal=goal,
-        times=times,
-        figures={
-            "batch": batch_size,
-            "dtype": "float32",
-            **settings,
-            "torch_layout": best,
-            **{f"{side}_images_per_second": float(f"{r:.4g}") for side, r in rates.items()},
-        },
-    )
-
-
-def sampler_tail(
-    row: str, size: str, effort: Effort, *, batch_size: int, goal: float
-) -> Iterator[Result]:
-    """Measure what the sampler adds to the guided forward pass of a step."""
-    tail = ours.SamplerTail(size, batch_size, SAMPLER)
-    times = measure({"tail": tail.tail, "forward": tail.forward}, "float32", effort)
-    yield Result(
-        row=row,
-        name=f"sampler's tail ÷ guided forward, {size.upper()}",
-        **summarise(times.seconds["tail"] / times.seconds["forward"]),
-        goal=goal,
-        better="lower",
-        times=times,
-        figures={
-            "batch": batch_size,
-            "dtype": "float32",
-            **{f"{name}_seconds": seconds(times, name) for name in ("tail", "forward")},
-        },
-    )
-
-
-def warm_cache(
-    row: str, size: str, effort: Effort, *, batch_size: int, goal: float
-) -> Iterator[Result]:
-    """Measure how long the sampler takes to compile when the compilation cache holds it."""
-    settings = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in settings}
-
-    compile_sampler = ours.sampler_compiler(size, batch_size, SAMPLER)
-
-    def compile_in(folder: str) -> None:
-        # JAX opens its cache once; another folder needs it closed.
-        compilation_cache.reset_cache()
-        jax.config.update("jax_compilation_cache_dir", folder)
-        compile_sampler()
-
-    def compile_cold() -> None:
-        with tempfile.TemporaryDirectory() as empty:
-            compile_in(empty)
-
-    with tempfile.TemporaryDirectory() as filled:
-        jax.config.update("jax_enable_compilation_cache", True)
-        try:
-            compile_in(filled)
-            contenders: dict[str, Callable[[], Any]] = {
-                "cold": compile_cold,
-                "warm": functools.partial(compile_in, filled),
-            }
-            times = measure(contenders, "float32", effort)
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-    yield Result(
-        row=row,
-        name=f"compile time of the sampler, warm ÷ cold cache, {size.upper()}",
-        **summarise(times.seconds["warm"] / times.seconds["cold"]),
-        goal=goal,
-        better="lower",
-        times=times,
-        figures={f"{name}_seconds": seconds(times, name) for name in contenders},
-    )
 
 
 def compile_time(
@@ -315,6 +178,35 @@ ROWS = {
         backend=GPU,
         needs_torch=True,
     ),
+    "3": Row(
+        run=functools.partial(
+            rows_sampling.sampling_against_torch,
+            batch_size=64,
+            dtype="bfloat16",
+            compiler="inductor",
+            goals={"b": 1.15, "l": 1.10, "xl": 1.10, "xxl": 1.10},
+        ),
+        summary="images/s from labels to pixels ÷ PyTorch bfloat16 torch.compile, batch 64",
+        backend=GPU,
+        needs_torch=True,
+    ),
+    "3r": Row(
+        run=functools.partial(
+            rows_sampling.sampling_against_released, batch_size=64, autocast=True, goal=2.0
+        ),
+        summary="the same ÷ a sampler that works as the released trainer's (float16 autocast)",
+        backend=GPU,
+        needs_torch=True,
+    ),
+    "4": Row(
+        run=functools.partial(
+            rows_sampling.sampling_rate,
+            batch_size=64,
+            goals={"b": 0.48, "l": 0.56, "xl": 0.62, "xxl": 0.64},
+        ),
+        summary="FLOP/s from labels to pixels ÷ matmul ceiling, bfloat16, batch 64",
+        backend=GPU,
+    ),
     "7": Row(
         run=functools.partial(
             against_torch,
@@ -332,16 +224,32 @@ ROWS = {
         needs_torch=True,
     ),
     "7s": Row(
-        run=functools.partial(sampling_against_torch, batch_size=4, goal=1.6),
+        run=functools.partial(
+            rows_sampling.sampling_against_torch,
+            batch_size=4,
+            dtype="float32",
+            compiler=None,
+            goals=dict.fromkeys(SIZES, 1.6),
+        ),
         summary="images/s from labels to pixels ÷ PyTorch eager float32, batch 4",
         needs_torch=True,
     ),
     "8": Row(
-        run=functools.partial(sampler_tail, batch_size=4, goal=0.06),
+        run=functools.partial(rows_sampling.sampler_tail, batch_size=4, goal=0.06),
         summary="sampler without its model ÷ guided forward, batch 4",
     ),
+    "11": Row(
+        run=functools.partial(
+            rows_growth.sampling_growth, batch_sizes={CPU: 1, GPU: 64}, goal=1.05
+        ),
+        summary="time and memory of sampling at 4 times the tokens, over the FLOP ratio",
+    ),
+    "11t": Row(
+        run=functools.partial(rows_growth.training_growth, batch_sizes={CPU: 2, GPU: 8}, goal=1.05),
+        summary="the same of a training step",
+    ),
     "12c": Row(
-        run=functools.partial(warm_cache, batch_size=4, goal=0.25),
+        run=functools.partial(rows_sampling.warm_cache, batch_size=4, goal=0.25),
         summary="compile time of the sampler, warm ÷ cold compilation cache",
     ),
     "12": Row(

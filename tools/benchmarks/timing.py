@@ -17,7 +17,7 @@ import numpy as np
 
 MAX_DRIFT = 0.05
 MATMUL = "matmul"
-_MATMUL_SIDE = {"cpu": 2048, "gpu": 16384}
+MATMUL_SIDE = {"cpu": 2048, "gpu": 16384}
 _CEILING_BLOCKS = 3
 
 
@@ -66,7 +66,7 @@ class Matmul:
     """A square matrix product of random numbers, whose rate is the ceiling of its type."""
 
     def __init__(self, dtype: str):
-        side = _MATMUL_SIDE.get(jax.default_backend(), _MATMUL_SIDE["gpu"])
+        side = MATMUL_SIDE.get(jax.default_backend(), MATMUL_SIDE["gpu"])
         self.flops = 2 * side**3
         keys = jax.random.split(jax.random.key(0))
         self._operands = [jax.random.normal(key, (side, side), dtype) for key in keys]

@@ -148,6 +148,9 @@ class TorchDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the images; they take the memory format of the weights."""
         codes = F.normalize(self.codebook, dim=-1)[tokens].permute(0, 3, 1, 2)
+        # What is looked up has its channels innermost, and a convolution keeps its input's format.
+        if next(self.decoder["conv_in"].parameters()).is_contiguous():
+            codes = codes.contiguous()
         x = self.post_quant_conv(codes)
         for name, layer in self.decoder.items():
             if name.endswith("upsample"):
