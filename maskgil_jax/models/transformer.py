@@ -245,6 +245,8 @@ def scan_blocks(block: Any, config: StackConfig) -> Any:
         in_axes=nn.broadcast,
         length=config.num_layers,
         unroll=config.scan_unroll,
+        # Nothing is hoisted out of the loop; to verify that would trace every block twice.
+        check_constancy_invariants=False,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
 

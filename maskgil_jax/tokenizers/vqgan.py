@@ -8,6 +8,7 @@ Reference: Esser et al. 2021, "Taming Transformers", and `tokenizer/tokenizer_im
 FoundationVision/LlamaGen, whose weights load into these nets.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,24 +40,38 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
         """Return the normalised input in its own dtype."""
-        values = x.astype(jnp.float32)
-        mean = self._mean_of_groups(values.mean((1, 2)))
-        centred = values - mean[:, None, None, :]
-        variance = self._mean_of_groups(jnp.square(centred).mean((1, 2)))
-        factor = jax.lax.rsqrt(variance + self.epsilon)
-        if not self.affine:
-            return (centred * factor[:, None, None, :]).astype(x.dtype)
-        shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        factor = factor * scale[None].astype(jnp.float32)
-        shift = bias[None, None, None].astype(jnp.float32)
-        return (centred * factor[:, None, None, :] + shift).astype(x.dtype)
+        scale = bias = None
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return _group_norm(x, scale, bias, self.num_groups, self.epsilon)
 
-    def _mean_of_groups(self, per_channel: Float[Array, "b c"]) -> Float[Array, "b c"]:
-        batch, channels = per_channel.shape
-        grouped = per_channel.reshape(batch, self.num_groups, channels // self.num_groups)
-        return jnp.repeat(grouped.mean(-1), channels // self.num_groups, axis=-1)
+
+# Jitted, so that the many norms of a net are traced once for each shape.
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _group_norm(
+    x: Float[Array, "b H W c"],
+    scale: Float[Array, " c"] | None,
+    bias: Float[Array, " c"] | None,
+    num_groups: int,
+    epsilon: float,
+) -> Float[Array, "b H W c"]:
+    values = x.astype(jnp.float32)
+    mean = _mean_of_groups(values.mean((1, 2)), num_groups)
+    centred = values - mean[:, None, None, :]
+    variance = _mean_of_groups(jnp.square(centred).mean((1, 2)), num_groups)
+    factor = jax.lax.rsqrt(variance + epsilon)
+    if scale is None or bias is None:
+        return (centred * factor[:, None, None, :]).astype(x.dtype)
+    factor = factor * scale[None].astype(jnp.float32)
+    shift = bias[None, None, None].astype(jnp.float32)
+    return (centred * factor[:, None, None, :] + shift).astype(x.dtype)
+
+
+def _mean_of_groups(per_channel: Float[Array, "b c"], num_groups: int) -> Float[Array, "b c"]:
+    batch, channels = per_channel.shape
+    grouped = per_channel.reshape(batch, num_groups, channels // num_groups)
+    return jnp.repeat(grouped.mean(-1), channels // num_groups, axis=-1)
 
 
 class ResidualBlock(nn.Module):

@@ -251,7 +251,7 @@ def test_tiles_that_do_not_suit_are_refused(tokenizer, fields, message):
 def test_tiles_are_refused_where_they_cannot_be(tokenizer, images):
     in_tiles = tiled(tokenizer, 24)
     tokens = jnp.zeros((1, 25, 43), jnp.int32)
-    with pytest.raises(ValueError, match=r"25×43 tokens needs tiles of 12.*outside jax\.jit"):
+    with pytest.raises(ValueError, match=r"25×43 tokens needs tiles.*outside jax\.jit"):
         jax.jit(in_tiles.decode)(tokens)
     small = jax.jit(in_tiles.decode)(tokens[:, :12, :12])
     np.testing.assert_array_equal(small, tokenizer.decode(tokens[:, :12, :12]))
