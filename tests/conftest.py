@@ -41,11 +41,25 @@ def _forget_programs():
 
 
 @pytest.fixture
-def quick_compilation(_forget_programs):
-    """Compile in half the time, to slower programs: for what does not depend on rounding."""
-    import jax
+def quick_compilation(_forget_programs, tmp_path_factory):
+    """Compile in half the time, and equal programs once, to slower programs.
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    For what does not depend on rounding.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_disable_most_optimizations": True,
+        # A directory of the worker's own: JAX's cache does not write atomically.
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

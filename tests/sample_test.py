@@ -30,6 +30,8 @@ from maskgil_jax.train import _open_batches, _open_tokenizer
 from maskgil_jax.workdir import claim_workdir
 from tools.export_weights import export_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class NoData:
     def get_state(self):
@@ -446,12 +448,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def command(cache, run_dir):
-    """Starts a command: `command(*arguments)`."""
+    """Starts a command, optimised as it is for users: `command(*arguments, **variables)`."""
 
-    def start(*arguments):
+    def start(*arguments, **variables):
         return subprocess.Popen(
             [sys.executable, "-m", "maskgil_jax.sample", f"--workdir={run_dir}", *arguments],
-            env=tiny.environment() | {"XDG_CACHE_HOME": str(cache)},
+            env=tiny.environment() | {"XDG_CACHE_HOME": str(cache)} | variables,
             cwd=tiny.ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -459,6 +461,10 @@ def command(cache, run_dir):
         )
 
     return start
+
+
+# The same programs as in this process, for images that are the same to the byte.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def finish(process):
@@ -499,14 +505,14 @@ def test_a_broken_picture_is_one_line_and_nothing_is_written(command, tmp_path):
 
 def test_a_killed_command_goes_on_where_it_was(command, run_dir, tmp_path):
     flags = ["--num_per_class=200", "--batch_size=4"]
-    process = command(f"--out={tmp_path / 'x.npz'}", *flags)
+    process = command(f"--out={tmp_path / 'x.npz'}", *flags, **QUICK)
     chunks = tmp_path / ".x.npz.work" / "chunks"
     while process.poll() is None and not (chunks.is_dir() and len(os.listdir(chunks)) > 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (tmp_path / "x.npz").exists()
-    status, said, errors = finish(command(f"--out={tmp_path / 'x.npz'}", *flags))
+    status, said, errors = finish(command(f"--out={tmp_path / 'x.npz'}", *flags, **QUICK))
     assert status == 0, errors
     assert "of them kept from an earlier start" in said
     sample(run_dir, tmp_path / "whole.npz", num_per_class=200, batch_size=4)
@@ -521,7 +527,7 @@ def test_two_processes_write_what_one_does(command, run_dir, tmp_path, monkeypat
         port = free.getsockname()[1]
     flags = ["--num_per_class=9", "--batch_size=4", f"--coordinator=localhost:{port}"]
     flags += ["--records", f"--out={tmp_path / 'tokens'}", "--num_processes=2"]
-    started = [command(*flags, f"--process_id={index}") for index in range(2)]
+    started = [command(*flags, f"--process_id={index}", **QUICK) for index in range(2)]
     try:
         results = [finish(process) for process in started]
     finally:

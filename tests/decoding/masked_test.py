@@ -13,6 +13,8 @@ from maskgil_jax.decoding import masked, prediction
 from maskgil_jax.decoding.masked import SamplerConfig
 from maskgil_jax.models.maskgil import MaskGIL
 
+# Programs are many and small here; the model's, held against goldens, is optimised (below).
+quick = pytest.mark.usefixtures("quick_compilation")
 MASK, LENGTH, NULL = 11, 12, 9
 PLAIN = dict(guidance_scale=1.0, gumbel_temperature=0.0)
 
@@ -68,6 +70,7 @@ def make_batch(tokens, sampler, condition=None, null_condition=None, *, mask=2, 
     )
 
 
+@quick
 @pytest.mark.parametrize("num_steps", [1, 5, LENGTH])
 @pytest.mark.parametrize(
     "changes",
@@ -86,6 +89,7 @@ def test_known_tokens_stay_and_every_unknown_one_becomes_a_code(num_steps, chang
         before = after
 
 
+@quick
 @pytest.mark.parametrize("form", masking.FORMS)
 @pytest.mark.parametrize("schedule", ["root", "arccos"])
 def test_each_step_reveals_its_share_of_the_unknown_tokens(schedule, form):
@@ -97,6 +101,7 @@ def test_each_step_reveals_its_share_of_the_unknown_tokens(schedule, form):
     np.testing.assert_array_equal(left, np.array(unknown)[:, None] - np.cumsum(table, 1))
 
 
+@quick
 def test_without_rescaling_the_counts_are_those_of_a_whole_image():
     whole = masking.reveal_table("linear", 4, LENGTH)[LENGTH]
     sampler = SamplerConfig(num_steps=4, schedule="linear", rescale=False)
@@ -142,6 +147,7 @@ def test_greedy_decoding_is_that_of_the_released_code(run):
     np.testing.assert_array_equal(trace.tokens[:, 0], expected)
 
 
+@quick
 @pytest.mark.parametrize(
     ("changes", "guided"),
     [
@@ -165,6 +171,7 @@ def test_the_unconditional_pass_runs_only_where_it_has_weight(changes, guided):
     np.testing.assert_array_equal(trace.scales != 1, guided)
 
 
+@quick
 def test_a_broken_unconditional_pass_cannot_reach_an_unguided_step():
     def broken_logits(tokens, labels):
         return jnp.where((labels == NULL)[:, None, None], jnp.nan, toy_logits(tokens, labels))
@@ -180,6 +187,7 @@ def test_a_broken_unconditional_pass_cannot_reach_an_unguided_step():
     assert np.any(whole.tokens[1:] != unguided.tokens[1:])
 
 
+@quick
 def test_a_single_step_is_fully_guided_and_has_no_noise():
     sampler = SamplerConfig(num_steps=1, guidance_scale=3.0, temperature=0.0)
     tokens = start_tokens(LENGTH, LENGTH)
@@ -190,6 +198,7 @@ def test_a_single_step_is_fully_guided_and_has_no_noise():
     np.testing.assert_array_equal(result, np.argmax(uncond + 3 * (cond - uncond), -1))
 
 
+@quick
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_images_do_not_depend_on_the_batch_they_are_drawn_in(batch_size):
     sampler = SamplerConfig(num_steps=4)
@@ -202,6 +211,7 @@ def test_images_do_not_depend_on_the_batch_they_are_drawn_in(batch_size):
     assert np.any(other != together)
 
 
+@quick
 def test_two_images_of_one_label_differ():
     labels = jnp.zeros(2, jnp.int32)
     result, _ = masked.decode(
@@ -216,6 +226,7 @@ def test_two_images_of_one_label_differ():
     assert np.any(result[0] != result[1])
 
 
+@quick
 @pytest.mark.parametrize(
     "changes",
     [
@@ -263,6 +274,7 @@ def reveal_rates(images=6000):
     return [float(np.mean(step(i, state).tokens[:, 0] == 0)) for i in range(3)]
 
 
+@quick
 @pytest.mark.parametrize(("step", "fade"), [(0, 1.0), (1, 0.5)])
 def test_confidence_has_gumbel_noise_that_fades(step, fade):
     # The difference of two Gumbel variables is logistic.
@@ -271,6 +283,7 @@ def test_confidence_has_gumbel_noise_that_fades(step, fade):
     assert reveal_rates()[step] == pytest.approx(expected, abs=0.02)
 
 
+@quick
 def test_the_last_step_has_no_noise():
     assert reveal_rates()[2] == 1
 
@@ -289,12 +302,14 @@ def coin_tosses(step, reveal, images=4000):
     return np.asarray(jax.jit(toss)(step, masked.start_state(tokens)).tokens)
 
 
+@quick
 def test_steps_images_and_positions_draw_independently():
     first, second = coin_tosses(0, 2), coin_tosses(1, 2)
     for a, b in [(first, second), (first[:, 0], first[:, 1]), (first[1:], first[:-1])]:
         assert np.mean(a == b) == pytest.approx(0.5, abs=0.04)
 
 
+@quick
 def test_which_token_is_revealed_does_not_depend_on_what_was_drawn():
     tokens = coin_tosses(0, 1)
     for position in range(2):
@@ -303,6 +318,7 @@ def test_which_token_is_revealed_does_not_depend_on_what_was_drawn():
         assert np.mean(codes) == pytest.approx(0.5, abs=0.05)
 
 
+@quick
 def test_temperature_divides_the_logits():
     def logits_fn(tokens, _):
         return jnp.broadcast_to(jnp.array([0.0, 1.0, 5.0]), (*tokens.shape, 3))

@@ -11,6 +11,7 @@ from goldens_lib import load_golden
 from maskgil_jax.convert import import_state_dict
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 
+quick = pytest.mark.usefixtures("quick_compilation")
 GOLDENS = {
     "bidirectional_llama_tiny": ("maskgil", [0, 1, 8, 63]),
     "bidirectional_llama_b_full": ("maskgil", [0, 1, 16, 255]),
@@ -43,6 +44,7 @@ def test_logits_are_those_of_the_original_implementation(name):
     np.testing.assert_allclose(logits[:, positions], arrays["logits"], atol=1e-4, rtol=0)
 
 
+@quick
 @pytest.mark.parametrize(
     "changes",
     [
@@ -67,6 +69,7 @@ def test_logits_are_those_of_the_formulas(changes):
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@quick
 def test_another_grid_than_the_configured_one_is_served():
     config = references.tiny_config()
     params = references.random_params(config)
@@ -77,6 +80,7 @@ def test_another_grid_than_the_configured_one_is_served():
     )
 
 
+@quick
 def test_the_model_looks_ahead_and_back():
     config = references.tiny_config()
     params = references.random_params(config)
@@ -92,6 +96,7 @@ def test_the_model_looks_ahead_and_back():
     assert influence.min() > 1e-6
 
 
+@quick
 @pytest.mark.parametrize("changes", [{}, RELEASED])
 def test_the_condition_reaches_every_token(changes):
     config = references.tiny_config(**changes)
@@ -103,6 +108,7 @@ def test_the_condition_reaches_every_token(changes):
         assert np.abs(logits[label] - logits[5]).max(-1).min() > 1e-4
 
 
+@quick
 @pytest.mark.parametrize("embeddings", ["shared", "separate"])
 def test_labels_may_be_of_a_narrow_type(embeddings):
     config = references.tiny_config(embeddings=embeddings, codebook_size=300)
@@ -113,6 +119,7 @@ def test_labels_may_be_of_a_narrow_type(embeddings):
     )
 
 
+@quick
 def test_the_head_starts_at_zero_and_the_rest_does_not():
     config = references.tiny_config()
     tokens, labels = references.random_inputs(config)
@@ -139,6 +146,7 @@ def gradients(config, params, tokens, labels, key):
     return jax.grad(loss)(params)
 
 
+@quick
 @pytest.mark.parametrize(
     ("changes", "trace"),
     [
@@ -159,6 +167,7 @@ def test_how_gradients_are_computed_does_not_change_them(changes, trace):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
+@quick
 def test_head_alignment_changes_no_logit():
     config = references.tiny_config()
     params, inputs = references.random_params(config), references.random_inputs(config)
@@ -181,6 +190,7 @@ def test_bfloat16_computes_near_float32_and_answers_in_it():
     }
 
 
+@quick
 @pytest.mark.parametrize("field", ["dropout", "embedding_dropout"])
 def test_dropout_acts_in_training_only_and_follows_its_key(field):
     config = references.tiny_config(**{field: 0.5})
@@ -199,6 +209,7 @@ def test_dropout_acts_in_training_only_and_follows_its_key(field):
     np.testing.assert_array_equal(evaluated, without)
 
 
+@quick
 def test_output_norm_is_the_root_mean_square_before_the_final_norm():
     config = references.tiny_config()
     params, inputs = references.random_params(config), references.random_inputs(config)
