@@ -16,6 +16,7 @@ from maskgil_jax import sharding
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build
 
+quick = pytest.mark.usefixtures("quick_compilation")
 MESHES = {
     "one": {"data": 1},
     "data": {"data": 4},
@@ -74,6 +75,7 @@ def train(mesh_name, **model):
     return history, state
 
 
+@quick
 @pytest.mark.parametrize(
     ("mesh_name", "family"),
     [
@@ -102,6 +104,7 @@ def test_activations_are_constrained_to_the_mesh():
     assert any("tensor<8x17x32xf32>" in line and "fsdp" in line for line in constraints)
 
 
+@quick
 @pytest.mark.parametrize("family", ["maskgil", "bidirectional-transformer"])
 @pytest.mark.parametrize(("mesh_name", "share"), [("fsdp", 4), ("tensor", 4), ("all", 4)])
 def test_state_is_split_over_the_devices(mesh_name, share, family):
