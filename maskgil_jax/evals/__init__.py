@@ -8,6 +8,7 @@
 - `digits`: how good samples of handwritten digits are.
 - `canvases`: whether digits of rebuilt canvases are readable and keep their colours.
 - `images`: PSNR and SSIM of reconstructions.
+- `clip_score`: how well pictures match captions, or others, by CLIP; has its own extra, `clip`.
 - `textures`: fine texture of images against that of real ones.
 """
 
