@@ -72,9 +72,9 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
         sums = labels.astype(np.float64).sum(-1)
         if labels.shape[1] != num_classes + 1 or not np.all(np.abs(sums - 1) < _SUM_SLACK):
             raise ValueError(
-                f"mixtures of classes have shape {labels.shape} and sums from {sums.min():g} to "
-                f"{sums.max():g}; give [b, {num_classes + 1}], the last column for no condition, "
-                "and rows that sum to 1"
+                f"mixtures of classes have shape {labels.shape} and sums from "
+                f"{sums.min(initial=1):g} to {sums.max(initial=1):g}; give [b, {num_classes + 1}], "
+                "the last column for no condition, and rows that sum to 1"
             )
         if (lowest := labels.min(initial=0)) < 0:
             raise ValueError(
@@ -90,8 +90,8 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
 
 def check_batch_size(batch_size: int) -> None:
     """Raise a `ValueError` unless at least one image is made at a time."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be a whole number of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,9 @@ def generate(
     """
     labels = check_labels(labels, model.num_classes)
     check_batch_size(batch_size)
-    if not 0 <= first_index <= MAX_IMAGES - len(labels):
+    masked.check_seed(seed)
+    whole = isinstance(first_index, int | np.integer)
+    if not (whole and 0 <= first_index <= MAX_IMAGES - len(labels)):
         raise ValueError(
             f"first_index {first_index} is out of range; allowed: 0 to "
             f"{MAX_IMAGES - len(labels)}, for {len(labels)} images"
@@ -398,15 +400,18 @@ class _Decoding:
         if self.tokenizer is None:
             return Generation(tokens=made, trace=trace)
         if pixels is None:
-            images = decode_images(self.tokenizer, made, batch_size=size)
-            return Generation(images=images, tokens=made, trace=trace)
-        images, finite = (np.asarray(x)[:count] for x in pixels)
+            images = np.asarray(self.tokenizer.decode(made, batch_size=size))
+            finite = np.isfinite(images).all((1, 2, 3))
+        else:
+            images, finite = (np.asarray(x)[:count] for x in pixels)
         if not finite.all():
             raise ValueError(
                 "the tokenizer gave no finite numbers for image "
                 f"{first_index + int(finite.argmin())}; its parameters are damaged, or too large "
                 "for the type it computes in"
             )
+        if pixels is None:
+            images = to_uint8(images)
         return Generation(images=images, tokens=made, trace=trace)
 
     def _run_fused(self, batch: masked.Batch):

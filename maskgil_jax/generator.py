@@ -6,6 +6,7 @@ uint8. What runs it, batch by batch, is in `generation.py`.
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -161,13 +162,13 @@ class ImageGenerator:
         """
         made = self._generate(
             labels,
+            sampler,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
             seed=seed,
             first_index=first_index,
             callback=callback,
             return_trace=return_trace,
-            **sampler,
         )
         return made if return_trace else made.images
 
@@ -178,6 +179,8 @@ class ImageGenerator:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
+        first_index: int = 0,
+        callback: Callback | None = None,
         **sampler: Any,
     ) -> Int[np.ndarray, "b gh gw"]:
         """Generate the codes only; the arguments are those of a call, but for the trace.
@@ -189,11 +192,13 @@ class ImageGenerator:
             raise ValueError("return_trace has no meaning here; call the generator itself")
         return self._generate(
             labels,
+            sampler,
             decode=False,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
             seed=seed,
-            **sampler,
+            first_index=first_index,
+            callback=callback,
         ).tokens
 
     def edit(
@@ -231,7 +236,7 @@ class ImageGenerator:
         regions = editing.token_mask(masks, factor, grow)
         editing.check_regions(regions)
         start = np.where(regions, self.model.config.mask_token_id, self.encode(images))
-        made = self._generate(labels, start, **options)
+        made = self._complete(labels, start, **options)
         blended = editing.composite(images, made.images, masks, feather)
         return dataclasses.replace(made, images=blended)
 
@@ -284,7 +289,7 @@ class ImageGenerator:
         known = self.encode(images)
         kept = editing.draw_kept(known.shape, keep, seed, first_index)
         start = np.where(kept, known, self.model.config.mask_token_id)
-        return self._generate(labels, start, seed=seed, first_index=first_index, **options)
+        return self._complete(labels, start, seed=seed, first_index=first_index, **options)
 
     def encode(self, images: UInt8[np.ndarray, "b H W c"]) -> Int[np.ndarray, "b gh gw"]:
         """Turn uint8 images into codes.
@@ -347,11 +352,36 @@ class ImageGenerator:
             return self.model.config.grid_size
         return self.tokenizer.spec.grid_size(*size)
 
+    def _complete(
+        self,
+        labels: Labels,
+        start: np.ndarray,
+        /,
+        *,
+        rope_interpolation: bool = False,
+        seed: int = 0,
+        first_index: int = 0,
+        callback: Callback | None = None,
+        return_trace: bool = False,
+        **sampler: Any,
+    ) -> Generation:
+        return self._generate(
+            labels,
+            sampler,
+            start=start,
+            rope_interpolation=rope_interpolation,
+            seed=seed,
+            first_index=first_index,
+            callback=callback,
+            return_trace=return_trace,
+        )
+
     def _generate(
         self,
         labels: Labels,
-        start: np.ndarray | None = None,
+        sampler: Mapping[str, Any],
         *,
+        start: np.ndarray | None = None,
         decode: bool = True,
         grid_size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
@@ -359,7 +389,6 @@ class ImageGenerator:
         first_index: int = 0,
         callback: Callback | None = None,
         return_trace: bool = False,
-        **sampler: Any,
     ) -> Generation:
         model = self.model.config
         if rope_interpolation:

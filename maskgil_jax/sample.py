@@ -145,6 +145,8 @@ def sample(
         raise ValueError("--edit needs --labels, the classes of the results")
     if edit is not None and records:
         raise ValueError("--records and --edit exclude each other: what an edit keeps are pixels")
+    if records and tile_size is not None:
+        raise ValueError("--records and --tile_size exclude each other: no pixels are decoded")
     model = loading.load_model(workdir)
     vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
     # Several processes share the images, not the batches.
@@ -153,11 +155,11 @@ def sample(
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
     classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
+    if not len(classes):
+        raise ValueError("there are no labels; give one or more")
     # No training data has the label for "no condition".
     loading.check_range("label", classes, model.config.num_classes + (not records))
     image_labels = np.repeat(classes.astype(np.int32), num_per_class)
-    if not len(image_labels):
-        raise ValueError("there are no labels; give one or more")
     began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
     chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
     one_call: Callable[..., np.ndarray] = generator.tokens if records else generator

@@ -190,6 +190,21 @@ def test_size_asks_for_another_grid(generator):
         generator(LABELS, size=(8, 24), num_steps=13)
 
 
+@pytest.mark.parametrize("name", ["start", "decode", "grid_size"])
+def test_what_is_no_setting_is_refused_by_name(generator, name):
+    images, masks = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 16, 16), bool)
+    masks[:, 4:8] = True
+    calls = [
+        lambda **given: generator([1], **given),
+        lambda **given: generator.tokens([1], **given),
+        lambda **given: generator.edit(images, masks, [1], **given),
+        lambda **given: generator.vary(images, [1], **given),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"sampler setting '{name}' is unknown"):
+            call(**{name: None})
+
+
 @quick
 def test_settings_that_are_numbers_are_not_compiled_anew(generator, caplog):
     settings = dict(num_steps=4, guidance_scale=2.0, guidance_schedule="linear", top_p=0.9)

@@ -450,10 +450,10 @@ def cache(tmp_path_factory):
 def command(cache, run_dir):
     """Starts a command, optimised as it is for users: `command(*arguments, **variables)`."""
 
-    def start(*arguments, **variables):
+    def start(*arguments, devices=1, **variables):
         return subprocess.Popen(
             [sys.executable, "-m", "maskgil_jax.sample", f"--workdir={run_dir}", *arguments],
-            env=tiny.environment() | {"XDG_CACHE_HOME": str(cache)} | variables,
+            env=tiny.environment(devices) | {"XDG_CACHE_HOME": str(cache)} | variables,
             cwd=tiny.ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -505,14 +505,16 @@ def test_a_broken_picture_is_one_line_and_nothing_is_written(command, tmp_path):
 
 def test_a_killed_command_goes_on_where_it_was(command, run_dir, tmp_path):
     flags = ["--num_per_class=200", "--batch_size=4"]
-    process = command(f"--out={tmp_path / 'x.npz'}", *flags, **QUICK)
+    # As many devices as this process has: pixels are rounded as the batch is split.
+    same = QUICK | {"devices": jax.device_count()}
+    process = command(f"--out={tmp_path / 'x.npz'}", *flags, **same)
     chunks = tmp_path / ".x.npz.work" / "chunks"
     while process.poll() is None and not (chunks.is_dir() and len(os.listdir(chunks)) > 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
     assert not (tmp_path / "x.npz").exists()
-    status, said, errors = finish(command(f"--out={tmp_path / 'x.npz'}", *flags, **QUICK))
+    status, said, errors = finish(command(f"--out={tmp_path / 'x.npz'}", *flags, **same))
     assert status == 0, errors
     assert "of them kept from an earlier start" in said
     sample(run_dir, tmp_path / "whole.npz", num_per_class=200, batch_size=4)

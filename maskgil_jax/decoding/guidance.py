@@ -54,6 +54,20 @@ def guidance_scales(
     return np.where(inside, 1 + (scale - 1) * ramp, 1).astype(np.float32)
 
 
+def guided_steps(
+    schedule: str, scale: float, num_steps: int, interval: tuple[float, float] = (0.0, 1.0)
+) -> tuple[bool, ...]:
+    """Return which steps have another scale than 1, but for how it is rounded.
+
+    All scales but 1 give the same answer, so that they can share a compiled program.
+    """
+    start, stop = interval
+    first = 1 if schedule == "linear" and num_steps > 1 else 0
+    return tuple(
+        scale != 1 and i >= first and start <= i / num_steps < stop for i in range(num_steps)
+    )
+
+
 def guide(
     cond: Float[Array, "b n v"], uncond: Float[Array, "b n v"], scale: Float[Array, ""]
 ) -> Float[Array, "b n v"]:

@@ -53,6 +53,14 @@ class Trace:
     scales: Any
 
 
+def check_seed(seed: Any) -> None:
+    """Raise a `ValueError` unless the seed is a whole number in 0…2³² - 1."""
+    if not (np.ndim(seed) == 0 and np.issubdtype(np.asarray(seed).dtype, np.integer)):
+        raise ValueError(f"seed {seed!r} is no whole number")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is out of range; allowed: 0 to {2**32 - 1}")
+
+
 def image_keys(seed: int | Array, image_indices: Any) -> jax.Array:
     """Return one key per image, `fold_in(seed, image_index)`, whatever the batch it is drawn in.
 
@@ -61,8 +69,8 @@ def image_keys(seed: int | Array, image_indices: Any) -> jax.Array:
     Raises:
         ValueError: if the seed is not in 0…2³² - 1.
     """
-    if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed} is out of range; allowed: 0 to {2**32 - 1}")
+    if not isinstance(seed, jax.core.Tracer):
+        check_seed(seed)
     root = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.fold_in(root, index))(jnp.asarray(image_indices))
 

@@ -107,8 +107,9 @@ def at_masked(
         positions = masked_first[:, :count]
 
         def spread(values, rest):
+            # `jnp.put_along_axis` needs a known batch, which an exported program has not.
             full = jnp.full((b, length), rest, values.dtype)
-            return jnp.put_along_axis(full, positions, values, axis=1, inplace=False)
+            return full.at[jnp.arange(b)[:, None], positions].set(values, unique_indices=True)
 
         first, second = read(features, positions)
         return spread(first, fill[0]), spread(second, fill[1])

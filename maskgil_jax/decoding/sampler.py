@@ -69,6 +69,9 @@ class SamplerConfig:
     remasking_choice: str = "random"
 
     def __post_init__(self):
+        for name in ("num_steps", "top_k"):
+            if not isinstance(getattr(self, name), int | np.integer):
+                raise ValueError(f"{name} {getattr(self, name)!r} is no whole number")
         if self.num_steps < 1:
             raise ValueError(f"num_steps {self.num_steps} is out of range; allowed: 1 or more")
         masking.check_choice("schedule", self.schedule, masking.SCHEDULES)
@@ -82,10 +85,8 @@ class SamplerConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} is out of range; allowed: 0 or more, finite"
                 )
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(
-                f"top_k {self.top_k} is out of range; allowed: 0 (all codes) or more, whole"
-            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} is out of range; allowed: 0 (all codes) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is out of range; allowed: more than 0, up to 1")
         if not 0 <= self.remasking_strength <= 1:
@@ -125,7 +126,12 @@ class SamplerConfig:
         """Return what shapes the computation."""
         return Program(
             num_steps=self.num_steps,
-            guided=tuple(bool(scale != 1) for scale in self.guidance_scales()),
+            guided=guidance.guided_steps(
+                self.guidance_schedule,
+                self.guidance_scale,
+                self.num_steps,
+                (self.guidance_start, self.guidance_stop),
+            ),
             greedy=self.temperature == 0,
             top_k=self.top_k,
             filtered=self.top_p < 1,
@@ -173,7 +179,7 @@ class Program:
 
     Attributes:
         num_steps: decoding steps T.
-        guided: of every step, whether its guidance scale is another than 1.
+        guided: of every step, whether its guidance scale may be another than 1.
         greedy: whether the most probable code is taken instead of a drawn one.
         top_k: draw among the k most likely codes; 0 for all.
         filtered: whether top-p leaves out codes.

@@ -219,7 +219,12 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, Statistic
             "Expected mu and sigma, of spatial features mu_s and sigma_s, too; of images they are "
             "computed from features first"
         )
-    count = int(arrays["count"]) if "count" in arrays else None
+    count = None
+    if "count" in arrays:
+        stored = arrays["count"]
+        if stored.ndim or not np.issubdtype(stored.dtype, np.integer):
+            raise ValueError(f"{path}: count is {stored.tolist()!r}, and no whole number")
+        count = int(stored)
     pool = _read_pair(path, arrays["mu"], arrays["sigma"], count)
     if "mu_s" not in arrays:
         return pool, None

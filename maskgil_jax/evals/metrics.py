@@ -24,7 +24,7 @@ Features = Array | np.ndarray
 
 def metrics_from_features(
     generated: Features,
-    real: Features | Statistics,
+    real: Features | Statistics | None,
     logits: Features | None = None,
     *,
     metrics: Sequence[str] | None = None,
@@ -78,7 +78,8 @@ def metrics_from_features(
                 "sfid needs spatial features of both sets: generated_spatial and real_spatial"
             )
         spatial = _as_counted("generated_spatial", generated_spatial, len(generated))
-        _check_real_counts(real, real_spatial)
+        if real is not None:
+            _check_real_counts(real, real_spatial)
         results["sfid"] = _measure_frechet("sfid", spatial, real_spatial)
     if "is" in chosen:
         if logits is None:
@@ -90,8 +91,9 @@ def metrics_from_features(
         manifolds = compare_manifolds(
             _as_set("/".join(m for m in MANIFOLD_METRICS if m in chosen), real),
             generated,
-            # Where only one pair is asked for, its neighbours alone decide what is too few.
-            k=neighbours if {"precision", "recall"} & chosen else density_neighbours,
+            # Where only one pair is asked for, its neighbours alone decide what is too few; density
+            # and coverage look at no neighbours among the generated ones.
+            k=neighbours if {"precision", "recall"} & chosen else 1,
             density_k=density_neighbours if {"density", "coverage"} & chosen else neighbours,
         )
         results |= {name: getattr(manifolds, name) for name in MANIFOLD_METRICS if name in chosen}
@@ -120,7 +122,9 @@ def _choose(metrics: Sequence[str] | None, *, logits: bool, spatial: bool) -> se
     return set(metrics)
 
 
-def _measure_frechet(name: str, generated: np.ndarray, real: Features | Statistics) -> float:
+def _measure_frechet(name: str, generated: np.ndarray, real: Features | Statistics | None) -> float:
+    if real is None:
+        raise ValueError(f"{name} needs the features of real images, or their statistics")
     width = real.width if isinstance(real, Statistics) else as_features("real", real).shape[1]
     check_same_width(("generated", generated.shape[1]), ("real", width))
     ours = Statistics.of_features(generated)
@@ -130,7 +134,9 @@ def _measure_frechet(name: str, generated: np.ndarray, real: Features | Statisti
     return frechet_distance(theirs, ours)
 
 
-def _as_set(name: str, real: Features | Statistics) -> Features:
+def _as_set(name: str, real: Features | Statistics | None) -> Features:
+    if real is None:
+        raise ValueError(f"{name} needs the features of real images")
     if isinstance(real, Statistics):
         raise ValueError(
             f"{name} needs the features of the real images; statistics tell nothing of neighbours "

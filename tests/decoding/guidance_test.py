@@ -61,6 +61,19 @@ def test_settings_out_of_range_are_refused(arguments, message):
         guidance.guidance_scales(*arguments)
 
 
+@pytest.mark.parametrize("schedule", guidance.GUIDANCE_SCHEDULES)
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)])
+def test_steps_are_guided_where_their_scale_is_not_one(schedule, interval):
+    arguments = (schedule, 3.0, 8, interval)
+    scales = guidance.guidance_scales(schedule, 3.0, 8, interval=interval)
+    assert guidance.guided_steps(*arguments) == tuple(scales != 1)
+    assert not any(guidance.guided_steps(schedule, 1.0, 8, interval))
+    # So near to 1 that it is rounded to it, which must not make another program.
+    assert guidance.guided_steps(schedule, 1 + 1e-9, 8, interval) == guidance.guided_steps(
+        *arguments
+    )
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 4.0])
 def test_guided_logits_are_extrapolated_from_the_unconditional_ones(scale):
     cond, uncond = np.random.default_rng(0).standard_normal((2, 4, 3, 5))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from jax import export
 
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked, prediction
@@ -98,6 +99,29 @@ def test_the_head_is_computed_for_the_fewest_positions_that_hold_all_masked_ones
             positions[marked], np.broadcast_to(np.arange(12), (2, 12))[marked]
         )
         assert np.sum(values == -1) == np.sum(positions == -2) == 2 * (12 - length)
+
+
+def test_a_head_at_masked_positions_is_lowered_for_any_batch(monkeypatch):
+    monkeypatch.setattr(prediction, "_MIN_LENGTH", 1)
+    sampler = SamplerConfig(num_steps=3, guidance_scale=2.0)
+
+    def decode(labels, rngs):
+        batch = masked.Batch(
+            tokens=jnp.full((labels.shape[0], LENGTH), MASK),
+            condition=labels,
+            null_condition=jnp.full_like(labels, NULL),
+            rngs=rngs,
+            plan=sampler.plan(jnp.full(labels.shape[0], LENGTH), LENGTH),
+        )
+        predictor = prediction.Predictor(features_of, head_of)
+        return masked.decode_batch(predictor, batch, sampler.program(), mask_token_id=MASK)[0]
+
+    (b,) = export.symbolic_shape("b", constraints=["b >= 1"])
+    keys = jax.eval_shape(lambda: masked.image_keys(0, np.arange(1)))
+    shapes = jax.ShapeDtypeStruct((b,), jnp.int32), jax.ShapeDtypeStruct((b,), keys.dtype)
+    lowered = export.export(jax.jit(decode))(*shapes)
+    labels, rngs = jnp.array([0, 2, 1]), masked.image_keys(0, np.arange(3))
+    np.testing.assert_array_equal(lowered.call(labels, rngs), decode(labels, rngs))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
