@@ -19,8 +19,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Integer
 from ml_collections import ConfigDict
 
-from maskgil_jax import checkpoints, config, hub, workdir
+from maskgil_jax import checkpoints, config, convert, hub, workdir
 from maskgil_jax.build import models as build
+from maskgil_jax.convert.files import open_checkpoint
+from maskgil_jax.evals.inception import Inception, InceptionConfig
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.tokenizers.base import Tokenizer, update_digest
 from maskgil_jax.tokenizers.tiling import Tiling
@@ -199,6 +201,45 @@ def load_model(path: os.PathLike | str) -> Model:
     _check_kind(path, run.kind, "maskgil")
     model = build.model_config(run)
     return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+
+
+def load_inception(path: os.PathLike | str) -> Inception:
+    """Load the InceptionV3 of FID from its published file, or from a model directory.
+
+    Args:
+        path: `pt_inception-2015-12-05-6726825d.pth` (which needs PyTorch, of the extra `torch`), a
+            `.safetensors` file of the same tensors, or what `tools/convert_checkpoint.py` made.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the file or directory holds something else or is damaged.
+        ImportError: if it is a `.pth` file and PyTorch is not installed.
+    """
+    path = pathlib.Path(path)
+    family = InceptionConfig.family
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give pt_inception-2015-12-05-6726825d.pth (of the release "
+            "fid_weights of https://github.com/mseitzer/pytorch-fid), or a model directory made "
+            "from it"
+        )
+    if path.is_dir():
+        stored = checkpoints.read_model_dir(path)
+        if stored.family != family:
+            raise ValueError(
+                f"{path} holds a {stored.kind} of family {stored.family!r}, but one of family "
+                f"{family!r} is needed"
+            )
+        shape, params = InceptionConfig.from_dict(stored.config), stored.params
+        sha256 = str(stored.source.get("sha256", ""))
+    else:
+        wrappers = convert.find_family(family).wrappers
+        with open_checkpoint(path, wrappers=wrappers) as checkpoint:
+            shape, params = convert.import_state_dict(family, checkpoint.state_dict)
+            sha256 = checkpoint.sha256
+    digest = hashlib.sha256(json.dumps(shape.to_dict(), sort_keys=True).encode())
+    update_digest(digest, params)
+    return Inception(config=shape, params=params, sha256=sha256, fingerprint=digest.hexdigest())
 
 
 def _check_kind(path: os.PathLike | str, kind: str, wanted: str) -> None:

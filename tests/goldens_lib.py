@@ -29,8 +29,9 @@ class Golden:
 def load_golden(name: str) -> Golden:
     """Load a golden from tests/goldens and rebuild its weights; usage buffers are left out."""
     described = json.loads((FOLDER / f"{name}.json").read_text())
+    rule = fill_inception if name == "inception_fid" else fill
     state_dict = {
-        key: fill(key, tuple(shape))
+        key: rule(key, tuple(shape))
         for key, (shape, dtype) in described.get("state_dict", {}).items()
         if dtype.startswith("float") and "codebook_used" not in key
     }
@@ -46,6 +47,16 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return values / np.float32(math.sqrt(math.prod(shape[1:])))
     centre = 1.0 if name.endswith("weight") and "norm" in name.lower() else 0.0
     return (centre + 0.1 * values).astype(np.float32)
+
+
+def fill_inception(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the float32 weights of a tensor of the Inception net, whose ReLUs halve the gain."""
+    values = _generator(name).standard_normal(shape, dtype=np.float32)
+    if name.endswith("running_var"):
+        return (1.0 + 0.1 * np.abs(values)).astype(np.float32)
+    if len(shape) > 1:
+        return values * np.float32(math.sqrt(2.0 / math.prod(shape[1:])))
+    return ((1.0 if name.endswith("bn.weight") else 0.0) + 0.1 * values).astype(np.float32)
 
 
 def golden_image(shape: tuple[int, int, int, int], tag: str) -> np.ndarray:

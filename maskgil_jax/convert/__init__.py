@@ -29,6 +29,7 @@ _MODULES = {
     "chameleon-vq": "chameleon_vq",
     "open-magvit2": "open_magvit2",
     "lpips": "lpips",
+    "inception-fid": "inception_fid",
     "maskgil": "maskgil",
     "maskgil-released": "maskgil_released",
     "bidirectional-transformer": "bidirectional_transformer",

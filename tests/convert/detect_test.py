@@ -16,6 +16,7 @@ from maskgil_jax.convert import (
     fit_family,
     import_state_dict,
 )
+from maskgil_jax.evals.inception import InceptionConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
@@ -32,6 +33,7 @@ GOLDENS = {
     "bidirectional_llama_tiny": "maskgil",
     "maskgil_released_tiny": "maskgil-released",
     "bidirectional_transformer_tiny": "bidirectional-transformer",
+    "inception_fid": "inception-fid",
 }
 # Widths that differ, so that no reshaped or transposed tensor is the same but the square ones.
 VQ = {"codebook_size": 11, "embed_dim": 6, "channels": 32, "latent_channels": 5}
@@ -47,6 +49,7 @@ SMALL = {
             codebook_size=64, channels=32, channel_multipliers=(1, 2), num_res_blocks=1
         )
     ],
+    "inception-fid": [InceptionConfig(channels=2, num_logits=7)],
     "lpips": [LPIPSConfig(widths=(2, 3, 4, 5, 6))],
     "maskgil": [
         MaskGILConfig(**LM, cond_rope="zero"),
@@ -82,6 +85,8 @@ def changes(key, tensor):
         yield "transpose", {key: Described(turned, tensor.dtype)}
 
 
+# Of a family with more tensors, each is changed in one way only, in turn.
+MANY = 400
 CASES = [(family, i) for family, configs in SMALL.items() for i in range(len(configs))]
 
 
@@ -98,9 +103,12 @@ def test_every_change_of_every_tensor_is_detected(family, number):
         if key not in known.dropped
     }
     assert fit_family(family, state, **OPTIONS).problems == ()
-    for key, tensor in state.items():
+    for number, (key, tensor) in enumerate(state.items()):
         others = {name: value for name, value in state.items() if name != key}
-        for what, instead in changes(key, tensor):
+        tried = list(changes(key, tensor))
+        if len(state) > MANY:
+            tried = [tried[number % len(tried)]]
+        for what, instead in tried:
             assert fit_family(family, others | instead, **OPTIONS).problems, f"{what} {key}"
 
 

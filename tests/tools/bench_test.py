@@ -15,7 +15,10 @@ import optax
 import pytest
 from scipy import stats
 
+from maskgil_jax import convert
 from maskgil_jax.build import models as build
+from maskgil_jax.evals.extractor import FeatureExtractor
+from maskgil_jax.evals.inception import Inception
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 from maskgil_jax.tokenizers.maskgit_vq import MaskGITVQConfig
@@ -239,6 +242,40 @@ def test_encoding_is_reported_in_images_per_second(capsys):
     assert result["ours_images_per_second"] > 0
 
 
+def test_inception_peer_gives_our_features():
+    from benchmarks import ours, torch_inception, torch_vq
+
+    us = ours.OursInception("tiny")
+    rng = np.random.default_rng(0)
+    # Random everywhere: a zero bias or a unit scale would hide a wrong one.
+    us.params = jax.tree.map(
+        lambda x: x + rng.uniform(0, 0.3, x.shape).astype(np.float32) * (x.ndim == 1), us.params
+    )
+    us.images = us.images // np.array([1, 2, 4, 8], np.uint8)[:, None, None, None]
+    state = convert.export_state_dict(us.config.family, us.config, us.params)
+    net = Inception(config=us.config, params=us.params, sha256="", fingerprint="")
+    found = FeatureExtractor(net, features=("pool", "spatial"))(us.images)
+    assert np.ptp(found["pool"], axis=0).max() > 1e-3
+    for layout in torch_vq.LAYOUTS:
+        peer = torch_inception.TorchInceptionSide(
+            us.config, state, us.images, layout=layout, device="cpu"
+        )
+        seen: list = []
+        first = peer.model.Mixed_6d.branch1x1
+        first.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1]))
+        np.testing.assert_allclose(peer.extract(), found["pool"], rtol=1e-4, atol=1e-5)
+        spatial = seen[0][:, :7].permute(0, 2, 3, 1).reshape(4, -1)
+        np.testing.assert_allclose(spatial, found["spatial"], rtol=1e-4, atol=1e-5)
+
+
+def test_inception_is_reported_in_images_per_second(capsys):
+    assert run_bench("--rows", "7i") == 0
+    (result,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert result.keys() >= FIELDS
+    rate = result[f"{result['torch_layout']}_images_per_second"]
+    assert result["ratio"] == pytest.approx(result["ours_images_per_second"] / rate, rel=0.5)
+
+
 GREEDY = {
     "num_steps": 4,
     "schedule": "arccos",
@@ -457,11 +494,11 @@ def test_drift_voids_a_result():
     [
         (
             ["--rows", "7,77"],
-            "rows 77 are unknown; allowed: 1, 1c, 2, 3, 3r, 4, 7, 7e, 7s",
+            "rows 77 are unknown; allowed: 1, 1c, 2, 3, 3r, 4, 7, 7e, 7i, 7s",
         ),
         (
             ["--rows", "1,2,3,3r,4"],
-            "rows 1, 2, 3, 3r, 4 need a GPU.*allowed here: 1c, 7, 7e, 7s, 8, 11, 11t, 12c, 12",
+            "rows 1, 2, 3, 3r, 4 need a GPU.*allowed here: 1c, 7, 7e, 7i, 7s, 8, 11, 11t, 12c, 12",
         ),
         (["--rows", "7", "--size", "m"], "size 'm' is unknown; allowed: b, l, xl, xxl, tiny"),
         (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),

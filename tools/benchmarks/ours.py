@@ -23,6 +23,8 @@ from maskgil_jax.build import training as build_training
 from maskgil_jax.build.tasks import Task
 from maskgil_jax.decoding import masked, prediction
 from maskgil_jax.decoding.sampler import SamplerConfig
+from maskgil_jax.evals.extractor import FeatureExtractor
+from maskgil_jax.evals.inception import INPUT_SIDE, Inception, InceptionConfig
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.loading import Model
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
@@ -196,6 +198,53 @@ class OursVQ:
     def encode(self) -> np.ndarray:
         """Return the tokens of the batch."""
         return np.asarray(self._encode({"image": self._images, "label": None})["tokens"])
+
+
+INCEPTION_BATCH = 16
+_INCEPTION_SIDES = {TRIAL_SIZE: 32}  # of the images; the net sees 299 × 299 pixels of any
+
+
+class OursInception:
+    """Our extraction of FID's features from one batch, with random weights.
+
+    Attributes:
+        config: shape of the net.
+        params: its parameters.
+        images: uint8 [b, H, W, 3].
+    """
+
+    def __init__(self, size: str):
+        tiny = size == TRIAL_SIZE
+        self.config = InceptionConfig(channels=2) if tiny else InceptionConfig()
+        side, batch_size = _INCEPTION_SIDES.get(size, 256), 4 if tiny else INCEPTION_BATCH
+        shape = (batch_size, side, side, 3)
+        self.images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        self.params = self._draw_params()
+        # On a CPU its devices are the same cores for the peer; else one.
+        devices, count = jax.devices(), 1
+        if devices[0].platform == "cpu":
+            count = math.gcd(len(devices), batch_size)
+        net = Inception(config=self.config, params=self.params, sha256="", fingerprint="")
+        mesh = sharding.make_mesh({"data": -1}, devices[:count])
+        self._extract = FeatureExtractor(net, features=("pool",), mesh=mesh)
+
+    def _draw_params(self) -> dict:
+        """Return random parameters, drawn by NumPy: the net's `init` compiles for a minute."""
+        inputs, rng = np.zeros((1, INPUT_SIDE, INPUT_SIDE, 3), np.float32), np.random.default_rng(0)
+        module = self.config.make_module()
+        shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+
+        def draw(path: Any, leaf: Any) -> np.ndarray:
+            if leaf.ndim == 1:
+                return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
+            gain = np.sqrt(2 / math.prod(leaf.shape[:-1]), dtype=np.float32)
+            return gain * rng.standard_normal(leaf.shape, np.float32)
+
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+    def extract(self) -> np.ndarray:
+        """Return the features of the batch."""
+        return self._extract(self.images)["pool"]
 
 
 def vq_config(size: str, dtype: str) -> LlamaGenVQConfig:

@@ -12,6 +12,7 @@ from benchmarks.comparison import against_layouts, torch_device
 from benchmarks.results import CPU, GPU, Result, gflops, seconds, summarise
 from benchmarks.timing import Effort, measure
 
+from maskgil_jax import convert
 from maskgil_jax.build import tasks as build
 from maskgil_jax.models.sizes import SIZES
 
@@ -120,6 +121,35 @@ def encoding_against_torch(row: str, size: str, effort: Effort, *, goal: float) 
         )
 
 
+def inception_against_torch(
+    row: str, size: str, effort: Effort, *, goal: float
+) -> Iterator[Result]:
+    """Measure how many times as fast as PyTorch we extract the features of FID."""
+    from benchmarks.torch_inception import TorchInceptionSide
+    from benchmarks.torch_vq import LAYOUTS
+
+    us = ours.OursInception(size)
+    state = convert.export_state_dict(us.config.family, us.config, us.params)
+    peers = {
+        layout: TorchInceptionSide(
+            us.config, state, us.images, layout=layout, device=torch_device()
+        )
+        for layout in LAYOUTS
+    }
+    side = us.images.shape[1]
+    yield against_layouts(
+        us.extract,
+        {layout: peer.extract for layout, peer in peers.items()},
+        effort,
+        row=row,
+        name=f"Inception, images/s ÷ PyTorch eager float32, {side}×{side} px",
+        goal=goal,
+        batch_size=len(us.images),
+        dtype="float32",
+        settings={},
+    )
+
+
 def compile_time(
     row: str, size: str, effort: Effort, *, layers: tuple[int, int], goal: float
 ) -> Iterator[Result]:
@@ -221,6 +251,11 @@ ROWS = {
     "7e": Row(
         run=functools.partial(encoding_against_torch, goal=1.0),
         summary="images/s of the tokenizer's encoder ÷ PyTorch eager float32",
+        needs_torch=True,
+    ),
+    "7i": Row(
+        run=functools.partial(inception_against_torch, goal=1.0),
+        summary="images/s of FID's InceptionV3 ÷ PyTorch eager float32, batch 16",
         needs_torch=True,
     ),
     "7s": Row(
