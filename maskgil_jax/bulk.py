@@ -101,7 +101,7 @@ def _identify(path: pathlib.Path) -> tuple[int, int] | None:
 
 
 def _make_chunks(job: Job, store: Store, starts: Sequence[int], make: Make) -> None:
-    progress = _Progress(sum(job.chunk(first).stop - first for first in starts))
+    progress = Progress(sum(job.chunk(first).stop - first for first in starts))
     for first in starts:
         part = job.chunk(first)
         made = make(first, job.labels[part])
@@ -152,7 +152,7 @@ def _hold(job: Job) -> Iterator[bool]:
                 f"{work} holds files but no {_SETTINGS}; remove it or choose another --out"
             )
         if there:
-            _check_same(work, _read(work / there[0]), job.settings)
+            check_same(work, read_settings(work / there[0]), job.settings)
         finished = there == [_COMPLETE] and open_store(job).is_finished()
         if finished and chunks.exists():
             chunks.rename(work / DONE)
@@ -198,7 +198,12 @@ def _remove(work: pathlib.Path) -> None:
         work.rmdir()
 
 
-def _read(file: pathlib.Path) -> dict[str, Any]:
+def read_settings(file: pathlib.Path) -> dict[str, Any]:
+    """Read the settings in a working folder.
+
+    Raises:
+        ValueError: if they are damaged, or no settings.
+    """
     try:
         settings = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -208,7 +213,23 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     return settings
 
 
-def _check_same(work: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_same(
+    work: pathlib.Path,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    what: str = "a part of images made",
+) -> None:
+    """Refuse to continue what was begun with other settings.
+
+    Args:
+        work: the working folder.
+        old: its settings.
+        new: those of this command.
+        what: what the folder holds, for the message.
+
+    Raises:
+        ValueError: if a setting differs; each is named with both values.
+    """
     there, here = _flatten(old), _flatten(json.loads(json.dumps(dict(new))))
     differing = [
         f"  {name}: {_shorten(there.get(name))} there, {_shorten(here.get(name))} now"
@@ -217,7 +238,7 @@ def _check_same(work: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, An
     ]
     if differing:
         raise ValueError(
-            f"{work} holds a part of images made with other settings:\n"
+            f"{work} holds {what} with other settings:\n"
             + "\n".join(differing)
             + "\nContinue with those settings, choose another --out, or remove that folder to "
             "begin anew."
@@ -255,11 +276,17 @@ def _in_bytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-class _Progress:
-    """Says on stderr every few seconds how far it is, at the speed since the first chunk."""
+class Progress:
+    """Says on stderr every few seconds how far it is, at the speed since the first chunk.
 
-    def __init__(self, total: int):
+    Args:
+        total: images to come.
+        label: put in front of every line.
+    """
+
+    def __init__(self, total: int, label: str = ""):
         self._total, self._done, self._first = total, 0, 0
+        self._label = label
         self._said = time.monotonic()
         self._began = self._said
 
@@ -275,7 +302,8 @@ class _Progress:
         rate = (self._done - self._first) / max(now - self._began, 1e-9)
         left = (self._total - self._done) / rate
         print(
-            f"{self._done:,} of {self._total:,} images, {rate:.1f} images/s, {_in_time(left)} left",
+            f"{self._label}{self._done:,} of {self._total:,} images, {rate:.1f} images/s, "
+            f"{_in_time(left)} left",
             file=sys.stderr,
             flush=True,
         )

@@ -9,15 +9,17 @@ equation 2.1 (merging).
 """
 
 import dataclasses
+import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
 from maskgil_jax.evals.features import BLOCK_ROWS, as_features, check_same_width
 
@@ -152,13 +154,25 @@ def describe_bias(sets: dict[str, Statistics]) -> list[str]:
 
 
 def save_statistics(
-    path: str | os.PathLike[str], pool: Statistics, spatial: Statistics | None = None
+    path: str | os.PathLike[str],
+    pool: Statistics,
+    spatial: Statistics | None = None,
+    *,
+    record: Mapping[str, Any] | None = None,
+    features: Float[np.ndarray, "n d"] | None = None,
 ) -> None:
     """Write statistics as the `.npz` that the ADM evaluator and pytorch-fid read.
 
     Arrays `mu`, `sigma` of the pooled features and `mu_s`, `sigma_s` of the spatial ones (which
-    the ADM evaluator wants); beside them `count`, which both pass over. The file appears whole or
-    not at all.
+    the ADM evaluator wants); beside them `count` and what is given besides, which both pass over.
+    The file appears whole or not at all.
+
+    Args:
+        path: ends in .npz; replaced.
+        pool: of pooled features.
+        spatial: of spatial ones of the same images.
+        record: how they were made, for JSON; stored as the text `record`.
+        features: pooled features of some of the images, stored as `pool`.
 
     Raises:
         ValueError: the path does not end in .npz, or the two are of different counts.
@@ -176,6 +190,10 @@ def save_statistics(
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     if pool.count is not None:
         arrays["count"] = np.array(pool.count, np.int64)
+    if record is not None:
+        arrays["record"] = np.array(json.dumps(dict(record), sort_keys=True))
+    if features is not None:
+        arrays["pool"] = features
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -229,6 +247,25 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, Statistic
     if "mu_s" not in arrays:
         return pool, None
     return pool, _read_pair(path, arrays["mu_s"], arrays["sigma_s"], count)
+
+
+def load_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read what a file of `save_statistics` says of how it was made; `None` if it says nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no `.npz`, or the record is no JSON object.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as stored:
+            if "record" not in stored.files:
+                return None
+            record = json.loads(str(stored["record"]))
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"the record of {path} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"the record of {path} is {type(record).__name__}, no object")
+    return record
 
 
 def _read_pair(

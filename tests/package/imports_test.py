@@ -16,7 +16,8 @@ FOUNDATIONS |= {"editing", "compilation", "processes"}
 ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},
-    **{name: set() for name in ("models", "tokenizers", "evals", "data", "text", "speech")},
+    **{name: set() for name in ("models", "tokenizers", "data", "text", "speech")},
+    "evals": {"sharding"},
     "hub": {"checkpoints"},
     "workdir": {"checkpoints", "config"},
     "bulk": {"stores", "data.token_dataset", "processes", "workdir", "checkpoints"},
@@ -28,11 +29,14 @@ ROOMS = {
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
     "report": {"generation", "build", "data", "evals", "tokenizers", "pictures"},
-    "loading": {"build.models", "models", "tokenizers", "checkpoints", "hub", "workdir", "config"},
+    "loading": {"build.models", "models", "tokenizers", "evals", "convert", "checkpoints", "hub"}
+    | {"workdir", "config"},
     "generation": {"build.models", "models", "tokenizers", "decoding", "loading", "sharding"}
     | {"pictures"},
     "generator": {"build.models", "models", "tokenizers", "text", "decoding", "masking"}
     | {"generation", "loading", "editing", "sharding", "pictures"},
+    "evaluation": {"generator", "generation", "loading", "bulk", "workdir", "checkpoints"}
+    | {"build.models", "tokenizers", "decoding", "data", "evals", "masking", "sharding"},
 }
 EVERYTHING = set(ROOMS)
 ROOMS |= {name: EVERYTHING for name in COMMANDS}
@@ -46,7 +50,7 @@ FORBIDDEN = {
     "decoding": {"flax", "optax", "ml_collections"},
     "training": {"ml_collections", "grain", "absl"},
     "data": {"ml_collections", "flax"},
-    "evals": {"ml_collections", "flax"},
+    "evals": {"ml_collections", "optax", "absl"},
     **{name: {"optax", "absl"} for name in ("loading", "generation", "generator")},
     "build": {"absl"},
 }

@@ -1,0 +1,293 @@
+"""An evaluation from images to its report, continued after a kill.
+
+Beside the report FILE.json lies a working folder, `.FILE.json.work`, with the settings, the shards
+of features, and the figures of finished points of a sweep. The report appears whole when all is
+measured, and the working folder goes. The report holds no times, so that it is the same to the last
+byte however often the evaluation was started. One process at a time works on it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskgil_jax import __version__, bulk, workdir
+from maskgil_jax.checkpoints import write_text_atomically
+from maskgil_jax.evaluation.extraction import extract
+from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet
+from maskgil_jax.evaluation.measure import measure
+from maskgil_jax.evaluation.nets import FeatureNet, describe_net
+from maskgil_jax.evaluation.protocols import Protocol, describe_changes
+from maskgil_jax.evaluation.references import Reference
+
+_SETTINGS, _POINTS, _SAMPLES, _REFERENCE = "settings.json", "points", "samples", "reference"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is to be measured, opened and checked.
+
+    Attributes:
+        protocol: how.
+        net: what features are compared of.
+        reference: what samples are compared with.
+        samples: sets of samples, one for each point of the sweep; one if nothing varies.
+        points: the settings that vary, for each of them; empty where nothing does.
+        sweep: values of each setting that varies.
+        out: the report, FILE.json.
+        batch_size: images at a time.
+        command: what was typed, for the report.
+
+    Raises:
+        ValueError: if the report is no .json, the number of samples is not the protocol's, the net
+            does not take them, or the reference does not suffice for a metric.
+    """
+
+    protocol: Protocol
+    net: FeatureNet
+    reference: Reference
+    samples: Sequence[ImageSet]
+    points: Sequence[Mapping[str, Any]] = ({},)
+    sweep: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    out: pathlib.Path
+    batch_size: int = 64
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        check_out(self.out)
+        assert len(self.samples) == len(self.points)
+        for images in self.samples:
+            check_count(len(images), self.protocol)
+            self.net.check_shape("samples", images.image_shape)
+        if missing := self.reference.missing(self.protocol.metrics):
+            raise ValueError(
+                f"the reference does not suffice for {', '.join(missing)}: it has no images, only "
+                "statistics; make one with tools/make_fid_stats.py --features N, give a folder or "
+                ".npz of images, or leave these out with --metrics"
+            )
+
+    @property
+    def work(self) -> pathlib.Path:
+        """The working folder."""
+        return self.out.with_name(f".{self.out.name}.work")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the figures depend on, as JSON has it."""
+        swept = {"sweep": dict(self.sweep)} if self.sweep else {}
+        settings: dict[str, Any] = {
+            "protocol": self.protocol.to_dict(),
+            "net": describe_net(self.net),
+            "reference": dict(self.reference.settings),
+            **swept,
+            "samples": dict(self.samples[0].settings),
+            "batch_size": self.batch_size,
+            "versions": {
+                "maskgil_jax": __version__,
+                "jax": jax.__version__,
+                "numpy": np.__version__,
+                "platform": jax.default_backend(),
+                "devices": jax.device_count(),
+            },
+        }
+        if swept:
+            # What varies is in the points.
+            settings["samples"]["sampler"] = {
+                name: value
+                for name, value in settings["samples"]["sampler"].items()
+                if name not in self.sweep
+            }
+        return json.loads(json.dumps(settings))
+
+
+def check_out(out: pathlib.Path) -> None:
+    """Raise a `ValueError` unless `out` names a JSON file."""
+    if out.suffix.lower() != ".json" or out.is_dir():
+        raise ValueError(f"--out {out} is no FILE.json")
+
+
+def check_count(count: int, protocol: Protocol) -> None:
+    """Refuse another number of samples than asked for.
+
+    Raises:
+        ValueError: and says how to measure as many.
+    """
+    if count < 2:
+        raise ValueError(f"{count} image: a distribution needs at least 2")
+    if count != protocol.num_images:
+        raise ValueError(
+            f"there are {count} samples, but {protocol.num_images} are asked for (by protocol "
+            f"{protocol.name} or --num_images); give as many, or say --num_images {count}: the "
+            "report then notes it, and figures are comparable only with others of that count"
+        )
+
+
+def run(
+    evaluation: Evaluation, say: Callable[[Mapping[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Measure what is not measured yet, write the report, and return it.
+
+    If a report of the same settings is there already, nothing is computed.
+
+    Args:
+        evaluation: what to measure.
+        say: called with the report of each point as soon as it is there.
+
+    Raises:
+        ValueError: if the working folder is of other settings (each is named) or in use, or an
+            image or a feature is refused.
+        OSError: if the disk has too little space.
+    """
+    settings = evaluation.settings
+    with _hold(evaluation, settings):
+        report = _read_finished(evaluation.out, settings)
+        if report is None:
+            report = _measure_all(evaluation, settings, say)
+            text = json.dumps(report, indent=1, ensure_ascii=False)
+            write_text_atomically(evaluation.out, text + "\n")
+        elif say is not None:
+            for point in report.get("points", [report]):
+                say(point)
+        _remove(evaluation.work)
+    return report
+
+
+def _measure_all(
+    evaluation: Evaluation,
+    settings: Mapping[str, Any],
+    say: Callable[[Mapping[str, Any]], None] | None,
+) -> dict[str, Any]:
+    points = []
+    for number in range(len(evaluation.points)):
+        file = evaluation.work / _POINTS / f"{number:04}.json"
+        point = _read_json(file)
+        if point is None:
+            point = _measure_point(evaluation, number)
+            write_text_atomically(file, json.dumps(point))
+        shutil.rmtree(_samples_folder(evaluation, number), ignore_errors=True)
+        points.append(point)
+        if say is not None:
+            say(point)
+    common = {
+        "counts": {
+            "samples": evaluation.protocol.num_images,
+            "reference": evaluation.reference.settings["count"],
+        },
+    }
+    if evaluation.sweep:
+        result = {"points": points}
+    else:
+        result = {"figures": points[0]["figures"], "notes": points[0]["notes"]}
+    return {**result, **common, **settings, "command": evaluation.command}
+
+
+def _measure_point(evaluation: Evaluation, number: int) -> dict[str, Any]:
+    protocol, images, net = evaluation.protocol, evaluation.samples[number], evaluation.net
+    swept = dict(evaluation.points[number])
+    label = "".join(f"{name}={value} " for name, value in swept.items())
+    real = _extract_reference(evaluation)
+    chunk_size = images.chunk_size if isinstance(images, GeneratedImages) else evaluation.batch_size
+    samples = extract(
+        images,
+        net,
+        tuple(dict.fromkeys(("pool", *protocol.features))),
+        _samples_folder(evaluation, number),
+        chunk_size=chunk_size,
+        label=f"samples: {label}",
+    )
+    figures, notes = measure(
+        protocol, samples, images.labels, images.image_shape, evaluation.reference, real
+    )
+    known = [*describe_changes(protocol), *net.notes, *evaluation.reference.notes]
+    known += _note_sizes(evaluation)
+    return {**({"swept": swept} if swept else {}), "figures": figures, "notes": known + notes}
+
+
+def _extract_reference(evaluation: Evaluation) -> Mapping[str, np.ndarray]:
+    reference = evaluation.reference
+    names = reference.wanted_features(evaluation.protocol.metrics)
+    if reference.images is None or not names:
+        return {}
+    return extract(
+        reference.images,
+        evaluation.net,
+        names,
+        evaluation.work / _REFERENCE,
+        chunk_size=evaluation.batch_size,
+        label="reference: ",
+    )
+
+
+def _note_sizes(evaluation: Evaluation) -> list[str]:
+    ours, theirs = evaluation.samples[0].image_shape, evaluation.reference.image_shape
+    if theirs is None or tuple(theirs) == ours:
+        return []
+    return [
+        f"samples have {ours[0]}×{ours[1]} pixels, the reference {theirs[0]}×{theirs[1]}; the net "
+        f"sees both resized ({evaluation.net.resize}), which figures depend on"
+    ]
+
+
+def _samples_folder(evaluation: Evaluation, number: int) -> pathlib.Path:
+    return evaluation.work / _SAMPLES / f"{number:04}"
+
+
+@contextlib.contextmanager
+def _hold(evaluation: Evaluation, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Make or reopen the working folder; if nothing was stored there, it goes again."""
+    work = evaluation.work
+    new_parents = [parent for parent in work.parents if not parent.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    with workdir.lock(work, "--out"):
+        for leftover in work.glob(f".{_SETTINGS}.*"):
+            leftover.unlink()
+        file = work / _SETTINGS
+        if file.exists():
+            bulk.check_same(work, bulk.read_settings(file), settings, "a part of an evaluation")
+        elif any(path.name != workdir.LOCK for path in work.iterdir()):
+            raise ValueError(
+                f"{work} holds files but no {_SETTINGS}; remove it or choose another --out"
+            )
+        else:
+            write_text_atomically(file, json.dumps(dict(settings), indent=1) + "\n")
+        try:
+            yield
+        finally:
+            if work.exists() and not any(work.rglob("0*.npz")) and not any(work.glob("*/*.json")):
+                _remove(work)
+            if not evaluation.out.exists() and not work.exists():
+                for parent in new_parents:
+                    with contextlib.suppress(OSError):  # somebody has put something there
+                        parent.rmdir()
+
+
+def _remove(work: pathlib.Path) -> None:
+    """Remove a working folder: settings after what they describe, last the lock that guards all."""
+    for name in (_SAMPLES, _REFERENCE, _POINTS):
+        shutil.rmtree(work / name, ignore_errors=True)
+    for name in (_SETTINGS, workdir.LOCK):
+        (work / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a network file system keeps a file that is open
+        work.rmdir()
+
+
+def _read_finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the report that is there, if it is of these settings."""
+    report = _read_json(out)
+    if report is None or any(report.get(name) != value for name, value in settings.items()):
+        return None
+    return report if ("sweep" in report) == ("sweep" in settings) else None
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return found if isinstance(found, dict) else None

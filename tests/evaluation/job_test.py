@@ -1,0 +1,305 @@
+"""An evaluation is the same however often it was killed, and refuses what would mislead."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from fake_evaluation import FakeImages, FakeNet, make_pixels
+
+from maskgil_jax import workdir
+from maskgil_jax.data.digits import digits_arrays
+from maskgil_jax.evals import metrics_from_features
+from maskgil_jax.evaluation import extraction, job
+from maskgil_jax.evaluation.image_sets import open_images
+from maskgil_jax.evaluation.nets import open_net
+from maskgil_jax.evaluation.protocols import find_protocol
+from maskgil_jax.evaluation.references import Reference, open_reference
+
+METRICS = ("fid", "sfid", "is", "precision", "recall", "density", "coverage")
+
+
+def make_reference(count=40):
+    images = FakeImages(count, seed=9)
+    return Reference(
+        settings={**images.settings, "count": count},
+        image_shape=images.image_shape,
+        images=images,
+    )
+
+
+def make_job(out, samples=None, **changes):
+    samples = [FakeImages(30)] if samples is None else samples
+    fields = {
+        "protocol": find_protocol("val", metrics=METRICS, num_images=30),
+        "net": FakeNet(),
+        "reference": make_reference(),
+        "samples": samples,
+        "out": out,
+        "batch_size": 8,
+    }
+    return job.Evaluation(**fields | changes)
+
+
+def make_sweep(out, stop_at=None, values=(1.0, 2.0, 3.0)):
+    samples = [FakeImages(30, seed=int(v), sampler={"guidance_scale": v}) for v in values]
+    samples[1].stop_at = stop_at
+    return make_job(
+        out,
+        samples,
+        points=[{"guidance_scale": v} for v in values],
+        sweep={"guidance_scale": list(values)},
+    )
+
+
+def test_a_report_says_what_its_figures_depend_on(tmp_path):
+    report = job.run(make_job(tmp_path / "new" / "x.json", command="a command"))
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == report
+    assert set(report["figures"]) == {*METRICS, "is_std"}
+    assert report["counts"] == {"samples": 30, "reference": 40}
+    assert report["protocol"]["name"] == "val"
+    assert report["net"]["fingerprint"] == "f" * 64
+    assert report["command"] == "a command"
+    assert set(report["versions"]) == {"maskgil_jax", "jax", "numpy", "platform", "devices"}
+    assert "num_images is 30, not the 50000 of protocol val" in report["notes"][0]
+    assert os.listdir(tmp_path / "new") == ["x.json"]
+
+
+def test_figures_are_those_of_the_features(tmp_path):
+    report = job.run(make_job(tmp_path / "x.json"))
+    net, names = FakeNet(), ("pool", "spatial", "logits")
+    ours, theirs = (net.extract(make_pixels(n, seed=s), names) for n, s in ((30, 0), (40, 9)))
+    expected = metrics_from_features(
+        ours["pool"],
+        theirs["pool"],
+        ours["logits"],
+        metrics=METRICS,
+        generated_spatial=ours["spatial"],
+        real_spatial=theirs["spatial"],
+    )
+    assert report["figures"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_five_kills_change_no_byte(tmp_path):
+    job.run(make_job(tmp_path / "whole.json"))
+    out = tmp_path / "x.json"
+    for stop_at in (0, 8, 8, 17, 29):
+        images = FakeImages(30, stop_at=stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(make_job(out, [images]))
+        assert not out.exists()
+    images = FakeImages(30)
+    job.run(make_job(out, [images]))
+    assert images.reads == [(24, 30)]
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["whole.json", "x.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "partial"])
+def test_a_damaged_shard_is_made_again(tmp_path, damage):
+    job.run(make_job(tmp_path / "whole.json"))
+    out = tmp_path / "x.json"
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make_job(out, [FakeImages(30, stop_at=16)]))
+    shard = tmp_path / ".x.json.work" / "samples" / "0000" / "000000008.npz"
+    data = bytearray(shard.read_bytes())
+    if damage == "cut":
+        shard.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        data[150] ^= 64
+        shard.write_bytes(data)
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    else:  # killed while it was written
+        shard.rename(shard.with_suffix(".123.partial"))
+    images = FakeImages(30)
+    job.run(make_job(out, [images]))
+    assert images.reads[0] == (8, 16)
+    assert len(images.reads) == 3
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+# The n-th time that features are stored, the process kills itself.
+KILL = """
+import os, pathlib, signal, sys
+sys.path.insert(0, "tests")
+from evaluation.job_test import make_sweep
+from maskgil_jax.evaluation import extraction, job
+
+last, store = int(sys.argv[2]), extraction._store
+def fatal(path, features):
+    global last
+    last -= 1
+    if last == 0:
+        path.with_suffix(".7.partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    store(path, features)
+extraction._store = fatal
+job.run(make_sweep(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_a_killed_process_is_continued_by_another(tmp_path):
+    out = tmp_path / "x.json"
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, str(out), "11"],
+        env=tiny.environment(devices=4),
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+    assert not out.exists()
+    evaluation = make_sweep(out)
+    job.run(evaluation)
+    # The reference's five shards and the first point's four were there, and one of the second.
+    assert [images.reads for images in evaluation.samples] == [
+        [],
+        [(8, 16), (16, 24), (24, 30)],
+        [(0, 8), (8, 16), (16, 24), (24, 30)],
+    ]
+    job.run(make_sweep(tmp_path / "whole.json"))
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_sweep_keeps_its_finished_points(tmp_path):
+    out, said = tmp_path / "x.json", []
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make_sweep(out, stop_at=20), say=said.append)
+    assert [point["swept"] for point in said] == [{"guidance_scale": 1.0}]
+    evaluation = make_sweep(out)
+    report = job.run(evaluation)
+    assert evaluation.samples[0].reads == []
+    assert evaluation.samples[1].reads == [(16, 24), (24, 30)]
+    assert [point["swept"]["guidance_scale"] for point in report["points"]] == [1.0, 2.0, 3.0]
+    assert len({point["figures"]["fid"] for point in report["points"]}) == 3
+    assert "figures" not in report
+    assert report["sweep"] == {"guidance_scale": [1.0, 2.0, 3.0]}
+    job.run(make_sweep(tmp_path / "whole.json"))
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_finished_report_is_not_measured_again(tmp_path):
+    out = tmp_path / "x.json"
+    report = job.run(make_job(out))
+    images, said = FakeImages(30), []
+    assert job.run(make_job(out, [images]), say=said.append) == report
+    assert images.reads == []
+    assert said == [report]
+    # Under other settings it is replaced.
+    assert job.run(make_job(out, [FakeImages(30, seed=1)])) != report
+
+
+def test_a_begun_evaluation_is_not_continued_with_other_settings(tmp_path):
+    out = tmp_path / "x.json"
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make_job(out, [FakeImages(30, stop_at=20)]))
+    for changes, name in (
+        ({"samples": [FakeImages(30, seed=3)]}, "samples.seed: 0 there, 3 now"),
+        ({"net": FakeNet("e" * 64)}, "net.fingerprint"),
+        ({"batch_size": 4}, "batch_size: 8 there, 4 now"),
+    ):
+        with pytest.raises(ValueError, match=name) as caught:
+            job.run(make_job(out, **changes))
+        assert "holds a part of an evaluation with other settings" in str(caught.value)
+    with workdir.lock(tmp_path / ".x.json.work"), pytest.raises(ValueError, match="is in use by"):
+        job.run(make_job(out))
+    images = FakeImages(30)
+    job.run(make_job(out, [images]))
+    assert images.reads == [(16, 24), (24, 30)]
+
+
+def test_what_failed_before_the_first_shard_leaves_nothing(tmp_path):
+    reference = make_reference()
+    reference.images.stop_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make_job(tmp_path / "new" / "x.json", reference=reference))
+    assert os.listdir(tmp_path) == []
+    (tmp_path / ".x.json.work").mkdir()
+    (tmp_path / ".x.json.work" / "letter").write_text("mine")
+    with pytest.raises(ValueError, match="holds files but no settings.json"):
+        job.run(make_job(tmp_path / "x.json"))
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path):
+    net = FakeNet()
+    net.broken = 40 + 13  # after the reference's
+    with pytest.raises(ValueError, match="feature 'pool' of image 13 is NaN or infinite"):
+        job.run(make_job(tmp_path / "x.json", net=net))
+    assert not (tmp_path / "x.json").exists()
+    job.run(make_job(tmp_path / "x.json"))  # continues with a sound net
+
+
+def test_too_few_images_are_noted_or_refused(tmp_path):
+    few = find_protocol("val", metrics=("fid",), num_images=4)
+    report = job.run(make_job(tmp_path / "x.json", [FakeImages(4)], protocol=few))
+    assert "fid: generated: 4 images are too few for a covariance of 4" in report["notes"][1]
+    for count in (29, 31):
+        with pytest.raises(ValueError, match=f"there are {count} samples, but 30 are asked for"):
+            make_job(tmp_path / "y.json", [FakeImages(count)])
+    with pytest.raises(ValueError, match="1 image: a distribution needs at least 2"):
+        make_job(tmp_path / "y.json", [FakeImages(1)])
+    with pytest.raises(ValueError, match=r"--out .*y.txt is no FILE.json"):
+        make_job(tmp_path / "y.txt")
+
+
+def test_other_sizes_and_sorted_classes_are_noted(tmp_path):
+    protocol = find_protocol("val", metrics=("fid", "is"), num_images=30)
+    protocol = dataclasses.replace(protocol, split_size=10)
+    reference = dataclasses.replace(make_reference(), image_shape=(64, 64, 3))
+    labels = np.repeat(np.arange(5), 6)
+    notes = job.run(
+        make_job(
+            tmp_path / "x.json",
+            [FakeImages(30, labels=labels)],
+            protocol=protocol,
+            reference=reference,
+        )
+    )["notes"]
+    assert any("samples have 8×6 pixels, the reference 64×64" in note for note in notes)
+    assert any("sorted by class, a split of 10 has as few as 2 of the 5" in note for note in notes)
+    mixed = FakeImages(30, labels=np.arange(30) % 5)
+    notes = job.run(make_job(tmp_path / "y.json", [mixed], protocol=protocol))["notes"]
+    assert len(notes) == 1
+
+
+def test_a_full_disk_is_seen_before_anything_is_made(tmp_path, monkeypatch):
+    usage = extraction.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(OSError, match="on a disk with 0.0 MB free"):
+        job.run(make_job(tmp_path / "x.json"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_digits_are_compared_with_held_out_digits(tmp_path):
+    """Copies of real digits and averages of two of them are told apart."""
+    images, labels = digits_arrays("train")
+    blended = ((images[:400].astype(int) + images[400:800]) // 2).astype(np.uint8)
+    protocol, net, figures = (
+        find_protocol("digits", num_images=400),
+        open_net("digit-net", None),
+        {},
+    )
+    for name, pixels in (("real", images[:400]), ("blended", blended)):
+        np.savez(tmp_path / f"{name}.npz", pixels, labels=labels[:400])
+        evaluation = job.Evaluation(
+            protocol=protocol,
+            net=net,
+            reference=open_reference(protocol, net, None),
+            samples=[open_images(tmp_path / f"{name}.npz")],
+            out=tmp_path / f"{name}.json",
+        )
+        figures[name] = job.run(evaluation)["figures"]
+    real, blended = figures["real"], figures["blended"]
+    assert real["novelty"] == 0  # copies
+    assert real["agreement"] > 0.99
+    assert real["precision"] > 0.8 > blended["precision"]
+    assert 1.5 * real["fid"] < blended["fid"]
+    assert blended["is"] < real["is"] < 10
+    assert blended["novelty"] > 0.5
+    assert real["svm_accuracy"] == blended["svm_accuracy"] > 0.97
