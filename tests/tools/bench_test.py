@@ -46,9 +46,9 @@ def _keep_settings(monkeypatch):
     jax.config.update("jax_enable_compilation_cache", cache)
 
 
-@pytest.fixture
-def small_matmul(monkeypatch):
-    """A ceiling that takes no time, where rates mean nothing."""
+@pytest.fixture(autouse=True)
+def _small_matmul(monkeypatch, _tools_importable):
+    """A ceiling that takes no time: what rate it has means nothing here."""
     from benchmarks import timing
 
     monkeypatch.setitem(timing.MATMUL_SIDE, "cpu", 64)
@@ -396,7 +396,7 @@ def test_rows_of_the_sampler_are_ratios_of_what_they_report(row, capsys):
     assert result["ratio"] == pytest.approx(ratio, rel=0.5)
 
 
-@pytest.mark.usefixtures("small_matmul", "quick_compilation")
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("row", "options"), [("3", {"compiler": "eager"}), ("3r", {"autocast": False}), ("4", {})]
 )
@@ -433,7 +433,7 @@ def test_sizes_have_the_goals_of_the_table():
     assert goals("11") == goals("11t") == 1.05
 
 
-@pytest.mark.usefixtures("small_matmul", "quick_compilation")
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("row", ["11", "11t"])
 def test_growth_is_told_over_that_of_the_operations(row, capsys):
     assert run_bench("--rows", row) == 0
