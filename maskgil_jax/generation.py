@@ -119,29 +119,40 @@ def make_generate_fn(
     *,
     tokenizer: TokenizerConfig | None = None,
     return_trace: bool = False,
+    batch_invariant: bool = False,
 ):
     """Return the jitted `(params, tokenizer_params, batch) → (tokens [b l], trace, pixels)`.
 
-    Of the batch the null condition is filled in. Pixels are uint8 [b H W c] and, of every image,
-    whether they were finite numbers; `None` without a tokenizer. The batch is split over the mesh's
-    data axes; every process receives all results.
-    """
-    bind = _make_binder(model, mesh, grid_size)
+    Of the batch the null condition is filled in. The trace is int32 [t b l]. Pixels are uint8
+    [b H W c] and, of every image, whether they were finite numbers; `None` without a tokenizer. The
+    batch is split over the mesh's data axes; every process receives all results.
 
-    def run(params, tokenizer_params, batch):
-        predictor, batch = bind(params, batch)
+    With `batch_invariant` every image is computed alone. The function then has a fourth argument,
+    the number of images that are wanted: those behind them are padding, and left out.
+    """
+    spread = _make_spreader(mesh, batch_invariant)
+
+    def decode(whole, rows):
+        params, common = whole
         tokens, trace = masked.decode_batch(
-            predictor,
-            batch,
+            build.make_predictor(model, params, grid_size),
+            _put_together(model, common, rows),
             program,
             mask_token_id=model.mask_token_id,
             grid_size=grid_size or model.grid_size,
             return_trace=return_trace,
         )
+        return tokens, None if trace is None else jnp.moveaxis(trace.tokens, 0, 1)
+
+    def run(params, tokenizer_params, batch, *count):
+        common, rows = _take_apart(batch)
+        tokens, trace = spread(decode, (params, common), rows, *count)
+        if trace is not None:
+            trace = jnp.moveaxis(trace, 1, 0)
         if tokenizer is None:
             return tokens, trace, None
-        codes = tokens.reshape(-1, *(grid_size or model.grid_size))
-        return tokens, trace, _decode_pixels(tokenizer, tokenizer_params, codes)
+        decode_pixels = _make_pixel_fn(tokenizer, grid_size or model.grid_size)
+        return tokens, trace, spread(decode_pixels, tokenizer_params, tokens, *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
@@ -154,6 +165,7 @@ def make_step_fn(
     grid_size: tuple[int, int] | None = None,
     *,
     first: bool | None = None,
+    batch_invariant: bool = False,
 ):
     """Return the jitted `(params, batch, i, state) → state`, to loop on the host.
 
@@ -163,50 +175,84 @@ def make_step_fn(
         mesh: devices; the batch is split over its data axes.
         grid_size: (gh, gw); the configured one if `None`.
         first: whether it serves the first step only, or all others, or all; see `masked.make_step`.
+        batch_invariant: whether every image is computed alone; the number of images that are wanted
+            is then a fifth argument, as in `make_generate_fn`.
     """
-    bind = _make_binder(model, mesh, grid_size)
+    spread = _make_spreader(mesh, batch_invariant)
 
-    def run(params, batch, i, state):
-        predictor, batch = bind(params, batch)
-        step = masked.make_step(
-            predictor,
-            batch,
+    def step(whole, rows):
+        params, common, i = whole
+        batch_rows, state = rows
+        take = masked.make_step(
+            build.make_predictor(model, params, grid_size),
+            _put_together(model, common, batch_rows),
             program,
             mask_token_id=model.mask_token_id,
             grid_size=grid_size or model.grid_size,
             first=first,
         )
-        return step(i, state)
+        return take(i, state)
+
+    def run(params, batch, i, state, *count):
+        common, rows = _take_apart(batch)
+        return spread(step, (params, common, i), (rows, state), *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
 
 @functools.lru_cache(maxsize=64)
-def make_decode_fn(tokenizer: TokenizerConfig, mesh: Mesh, grid_size: tuple[int, int]):
-    """Return the jitted `(tokenizer_params, tokens [b l]) → pixels`, as in `make_generate_fn`."""
+def make_decode_fn(
+    tokenizer: TokenizerConfig,
+    mesh: Mesh,
+    grid_size: tuple[int, int],
+    *,
+    batch_invariant: bool = False,
+):
+    """Return the jitted `(tokenizer_params, tokens [b l]) → pixels`, as in `make_generate_fn`.
 
-    def run(params, tokens):
-        tokens = jax.lax.with_sharding_constraint(tokens, sharding.batch_sharding(mesh))
-        return _decode_pixels(tokenizer, params, tokens.reshape(-1, *grid_size))
+    With `batch_invariant` the number of images that are wanted is a third argument.
+    """
+    spread = _make_spreader(mesh, batch_invariant)
+    decode_pixels = _make_pixel_fn(tokenizer, grid_size)
+
+    def run(params, tokens, *count):
+        return spread(decode_pixels, params, tokens, *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
 
-def _make_binder(model: TokenModelConfig, mesh: Mesh, grid_size: tuple[int, int] | None):
-    rows = sharding.batch_sharding(mesh)
+def _make_spreader(mesh: Mesh, batch_invariant: bool) -> Callable[..., Any]:
+    """Return `spread(function, whole, rows)`, which calls `function(whole, rows)` on all devices.
 
-    def bind(params, batch):
-        split = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
-        labels = split(batch.condition)
-        batch = dataclasses.replace(
-            batch,
-            tokens=split(batch.tokens),
-            condition=labels,
-            null_condition=_null_labels(model, labels),
-        )
-        return build.make_predictor(model, params, grid_size), batch
+    `rows` have the batch in front. If each is to be computed alone, it takes their number too.
+    """
+    if batch_invariant:
+        return functools.partial(sharding.map_rows, mesh)
+    split = sharding.batch_sharding(mesh)
 
-    return bind
+    def spread(function, whole, rows):
+        return function(whole, jax.lax.with_sharding_constraint(rows, split))
+
+    return spread
+
+
+def _take_apart(batch: masked.Batch) -> tuple[Any, Any]:
+    """Return what the images of a batch have in common, and what each has of its own."""
+    rows = (batch.tokens, batch.condition, batch.rngs, batch.plan.counts)
+    return (dataclasses.replace(batch.plan, counts=None), batch.shared), rows
+
+
+def _put_together(model: TokenModelConfig, common: Any, rows: Any) -> masked.Batch:
+    """Return the batch, or some of its images, with the null condition filled in."""
+    (plan, shared), (tokens, labels, rngs, counts) = common, rows
+    return masked.Batch(
+        tokens=tokens,
+        condition=labels,
+        null_condition=_null_labels(model, labels),
+        rngs=rngs,
+        plan=dataclasses.replace(plan, counts=counts),
+        shared=shared,
+    )
 
 
 def _null_labels(model: TokenModelConfig, labels: jax.Array) -> jax.Array:
@@ -222,6 +268,10 @@ def _decode_pixels(
     decoder: Any = tokenizer.make_module()
     pixels = decoder.apply({"params": params}, codes, method="decode")
     return quantize(pixels), jnp.all(jnp.isfinite(pixels), axis=(1, 2, 3))
+
+
+def _make_pixel_fn(tokenizer: TokenizerConfig, grid_size: tuple[int, int]) -> Callable[..., Any]:
+    return lambda params, tokens: _decode_pixels(tokenizer, params, tokens.reshape(-1, *grid_size))
 
 
 def make_image_fn(
@@ -285,13 +335,14 @@ def generate(
     first_index: int = 0,
     callback: Callback | None = None,
     return_trace: bool = False,
+    batch_invariant: bool = False,
 ) -> Generation:
     """Generate one image per label, or one grid of codes.
 
     Image i draws its randomness from `fold_in(seed, i)`, so in float32 on CPU the codes depend on
-    the batch size or the number of devices only where rounding decides between nearly equal ones.
-    On a GPU or TPU that also needs `jax_default_matmul_precision="highest"` and deterministic
-    operations.
+    the batch size or the number of devices only where rounding decides between nearly equal ones;
+    with `batch_invariant` not even there. On a GPU or TPU that also needs
+    `jax_default_matmul_precision="highest"` and deterministic operations.
 
     Args:
         model: architecture.
@@ -308,11 +359,14 @@ def generate(
         first_index: number i of the first image, where this is part of a longer list.
         callback: called after every step of every batch, which then runs step by step.
         return_trace: whether to return the tokens after every step too.
+        batch_invariant: whether every image is computed alone, which takes longer; `batch_size` is
+            then how many go to the devices at a time.
 
     Raises:
         ValueError: if a label, the seed or `first_index` is out of range, the batch size is not
-            positive, `start` does not fit the labels or the model, or the model or the tokenizer
-            gave no finite numbers.
+            positive, `start` does not fit the labels or the model, parameters are split over
+            devices where `batch_invariant` needs them whole, or the model or the tokenizer gave no
+            finite numbers.
         MemoryError: if the device's memory does not suffice, and the remedy is known.
     """
     labels = check_labels(labels, model.num_classes)
@@ -338,7 +392,11 @@ def generate(
         mesh=mesh,
         grid_size=(gh, gw),
         return_trace=return_trace,
+        batch_invariant=batch_invariant,
     )
+    if batch_invariant:
+        for given in (decoding.params, decoding.tokenizer_params):
+            sharding.check_whole("batch_invariant", given, mesh)
     parts = []
     for first in range(0, len(labels), size):
         count = min(size, len(labels) - first)
@@ -352,7 +410,7 @@ def generate(
             null_condition=None,
             rngs=masked.image_keys(seed, first_index + np.arange(first, first + size)),
             plan=sampler.plan(np.sum(tokens == model.mask_token_id, axis=1), gh * gw),
-            shared=find_shared(tokens, condition, shards),
+            shared=None if batch_invariant else find_shared(tokens, condition, shards),
         )
         parts.append(decoding.run(batch, count, first_index + first, callback))
     if not parts:
@@ -376,6 +434,7 @@ class _Decoding:
     mesh: Mesh
     grid_size: tuple[int, int]
     return_trace: bool
+    batch_invariant: bool
 
     def run(
         self, batch: masked.Batch, count: int, first_index: int, callback: Callback | None
@@ -384,7 +443,7 @@ class _Decoding:
         size = len(batch.tokens)
         with jax.set_mesh(self.mesh), self._explain_exhaustion(size):
             if callback is None:
-                results = self._run_fused(batch)
+                results = self._run_fused(batch, count)
             else:
                 results = self._run_on_host(batch, count, callback)
             tokens, trace, pixels = jax.block_until_ready(results)
@@ -400,7 +459,8 @@ class _Decoding:
         if self.tokenizer is None:
             return Generation(tokens=made, trace=trace)
         if pixels is None:
-            images = np.asarray(self.tokenizer.decode(made, batch_size=size))
+            at_once = 1 if self.batch_invariant else size
+            images = np.asarray(self.tokenizer.decode(made, batch_size=at_once))
             finite = np.isfinite(images).all((1, 2, 3))
         else:
             images, finite = (np.asarray(x)[:count] for x in pixels)
@@ -414,7 +474,7 @@ class _Decoding:
             images = to_uint8(images)
         return Generation(images=images, tokens=made, trace=trace)
 
-    def _run_fused(self, batch: masked.Batch):
+    def _run_fused(self, batch: masked.Batch, count: int):
         run = make_generate_fn(
             self.model,
             self.sampler.program(),
@@ -422,25 +482,38 @@ class _Decoding:
             self.grid_size,
             tokenizer=self._decoder(),
             return_trace=self.return_trace,
+            batch_invariant=self.batch_invariant,
         )
-        tokens, trace, pixels = run(self.params, self.tokenizer_params, batch)
-        return tokens, trace.tokens if trace is not None else None, pixels
+        return run(self.params, self.tokenizer_params, batch, *self._wanted(count))
 
     def _run_on_host(self, batch: masked.Batch, count: int, callback: Callback):
         program, history = self.sampler.program(), []
         apart, state = masked.begins_apart(batch, program), masked.start_state(batch.tokens)
         for i in range(program.num_steps):
             first = i == 0 if apart else None
-            step = make_step_fn(self.model, program, self.mesh, self.grid_size, first=first)
-            state = step(self.params, batch, i, state)
+            step = make_step_fn(
+                self.model,
+                program,
+                self.mesh,
+                self.grid_size,
+                first=first,
+                batch_invariant=self.batch_invariant,
+            )
+            state = step(self.params, batch, i, state, *self._wanted(count))
             tokens = np.asarray(state.tokens)
             callback(i, tokens[:count].reshape(count, *self.grid_size))
             history.append(tokens)
         pixels, decoder = None, self._decoder()
         if decoder is not None:
-            run = make_decode_fn(decoder, self.mesh, self.grid_size)
-            pixels = run(self.tokenizer_params, state.tokens)
+            run = make_decode_fn(
+                decoder, self.mesh, self.grid_size, batch_invariant=self.batch_invariant
+            )
+            pixels = run(self.tokenizer_params, state.tokens, *self._wanted(count))
         return tokens, np.stack(history) if self.return_trace else None, pixels
+
+    def _wanted(self, count: int) -> tuple[int, ...]:
+        """Return the last argument of a program that leaves padding out, if it is one."""
+        return (count,) if self.batch_invariant else ()
 
     def _explain_exhaustion(self, batch_size: int) -> contextlib.AbstractContextManager[None]:
         if self.tokenizer is None:

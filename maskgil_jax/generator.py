@@ -45,7 +45,8 @@ class ImageGenerator:
 
     The random numbers of image i depend on the seed and on i alone. In float32 on a CPU so does the
     image, but for what rounding does: another batch size or number of devices sums in another
-    order, which now and then decides between two nearly equal codes.
+    order, which now and then decides between two nearly equal codes. With `batch_invariant` it does
+    not: every image is computed alone, which takes longer.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ImageGenerator:
         *,
         batch_size: int = 64,
         mesh: Mesh | None = None,
+        batch_invariant: bool = False,
     ):
         """Bind a model to the tokenizer of its codes.
 
@@ -63,9 +65,13 @@ class ImageGenerator:
             tokenizer: the tokenizer.
             batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
+            batch_invariant: whether every image is computed alone, so that in float32 on a CPU it
+                has the same bits whatever the batch size, the other images and the number of
+                devices.
 
         Raises:
-            ValueError: if the tokenizer has another number of codes, or `batch_size` is below 1.
+            ValueError: if the tokenizer has another number of codes, `batch_size` is below 1, or
+                parameters are split over devices where `batch_invariant` needs them whole.
         """
         if model.config.codebook_size != tokenizer.spec.codebook_size:
             raise ValueError(
@@ -74,12 +80,15 @@ class ImageGenerator:
             )
         check_batch_size(batch_size)
         self.model, self.tokenizer = model, tokenizer
-        self.batch_size = batch_size
+        self.batch_size, self.batch_invariant = batch_size, batch_invariant
         self.mesh = mesh or sharding.make_mesh({"data": -1})
         self._params = place(model.params, self.mesh)
         self._decoder = dataclasses.replace(
             tokenizer, params=place(dict(tokenizer.params), self.mesh)
         )
+        if batch_invariant:
+            for params in (self._params, self._decoder.params):
+                sharding.check_whole("batch_invariant", params, self.mesh)
 
     @classmethod
     def from_checkpoint(
@@ -91,6 +100,7 @@ class ImageGenerator:
         tile_size: int | None = None,
         batch_size: int = 64,
         mesh: Mesh | None = None,
+        batch_invariant: bool = False,
     ) -> "ImageGenerator":
         """Load what a training run or `tools/convert_checkpoint.py` wrote.
 
@@ -104,6 +114,9 @@ class ImageGenerator:
                 images; every image is taken whole if `None`.
             batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
+            batch_invariant: whether every image is computed alone, so that in float32 on a CPU it
+                has the same bits whatever the batch size, the other images and the number of
+                devices.
 
         Raises:
             FileNotFoundError: if there is no model, or no checkpoint of it yet.
@@ -115,7 +128,7 @@ class ImageGenerator:
         vq = loading.open_tokenizer(
             model, path, tokenizer, dtype=tokenizer_dtype, tile_size=tile_size
         )
-        return cls(model, vq, batch_size=batch_size, mesh=mesh)
+        return cls(model, vq, batch_size=batch_size, mesh=mesh, batch_invariant=batch_invariant)
 
     @overload
     def __call__(
@@ -297,12 +310,18 @@ class ImageGenerator:
         Raises:
             ValueError: if a side is no multiple of the tokenizer's factor, or the channels differ.
         """
+        floats = to_float(images)
+        if self.batch_invariant and len(images):
+            # By itself, so that also the latents of tiles are quantised without the others.
+            alone = [self.tokenizer.encode(image[None], batch_size=1) for image in floats]
+            return np.concatenate(alone)
         size = padded_size(max(1, min(self.batch_size, len(images))), 1)
-        return np.asarray(self.tokenizer.encode(to_float(images), batch_size=size))
+        return np.asarray(self.tokenizer.encode(floats, batch_size=size))
 
     def decode(self, tokens: Int[np.ndarray, "b gh gw"]) -> UInt8[np.ndarray, "b H W c"]:
         """Turn codes into uint8 images, clipped, never rescaled."""
-        return decode_images(self.tokenizer, tokens, batch_size=self.batch_size)
+        at_once = 1 if self.batch_invariant else self.batch_size
+        return decode_images(self.tokenizer, tokens, batch_size=at_once)
 
     def show_steps(self, trace: Int[np.ndarray, "t b gh gw"]) -> UInt8[np.ndarray, "t b H W c"]:
         """Return pictures of the tokens after every step, with flat grey where they are masked.
@@ -411,4 +430,5 @@ class ImageGenerator:
             first_index=first_index,
             callback=callback,
             return_trace=return_trace,
+            batch_invariant=self.batch_invariant,
         )

@@ -55,6 +55,9 @@ _TILE_SIZE = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all images.", lower_bound=0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+_BATCH_INVARIANT = flags.DEFINE_bool(
+    "batch_invariant", False, "Compute every image alone: the same bits for every batch size."
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
@@ -106,6 +109,7 @@ def sample(
     tile_size: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    batch_invariant: bool = False,
     **sampler: Any,
 ) -> None:
     """Generate images, write them, and say so on one line.
@@ -125,6 +129,8 @@ def sample(
         seed: seed of all images.
         batch_size: images at a time. Another one rounds differently, which now and then decides
             between two nearly equal codes.
+        batch_invariant: whether every image is computed alone, so that it does not: in float32 on
+            a CPU its bits are those of any other batch size or number of devices or processes.
         **sampler: fields of `SamplerConfig` that differ from the run's; `None` means no change.
 
     Raises:
@@ -151,7 +157,9 @@ def sample(
     vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-    generator = ImageGenerator(model, vq, batch_size=batch_size, mesh=mesh)
+    generator = ImageGenerator(
+        model, vq, batch_size=batch_size, mesh=mesh, batch_invariant=batch_invariant
+    )
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
     classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
@@ -166,10 +174,14 @@ def sample(
     call: Callable[..., np.ndarray] = functools.partial(one_call, size=(height, width))
     if edit is not None:
         call = functools.partial(_edit, edit, generator)
-    make = functools.partial(_make, functools.partial(call, seed=seed, **sampler), chunk_size)
+    make = functools.partial(call, seed=seed, **sampler)
+    if not batch_invariant:
+        make = functools.partial(_fill_up, make, chunk_size)
     if is_grid:
         starts = range(0, len(image_labels), chunk_size)
-        parts = [make(first, image_labels[first : first + chunk_size]) for first in starts]
+        parts = [
+            make(image_labels[first : first + chunk_size], first_index=first) for first in starts
+        ]
         images = np.concatenate(parts)
         _write_grid(path, images, num_per_class, bare=edit is not None)
     else:
@@ -186,6 +198,7 @@ def sample(
             "seed": seed,
             "sampler": dataclasses.asdict(config),
             "batch_size": batch_size,
+            "batch_invariant": batch_invariant,
             "chunk_size": chunk_size,
             "platform": jax.default_backend(),
             "devices": shards,
@@ -201,7 +214,7 @@ def sample(
             settings=settings,
             records=describe_records(generator, origin, settings) if records else None,
         )
-        kept = bulk.write(job, make)
+        kept = bulk.write(job, lambda first, labels: make(labels, first_index=first))
     seconds, made = time.monotonic() - began, len(image_labels) - kept
     cli.say(
         f"{out}: {len(image_labels)} {'records' if records else 'images'} of "
@@ -286,13 +299,13 @@ def find_size(
     return height, width
 
 
-def _make(
-    call: Callable[..., np.ndarray], chunk_size: int, first: int, labels: np.ndarray
+def _fill_up(
+    call: Callable[..., np.ndarray], chunk_size: int, labels: np.ndarray, *, first_index: int
 ) -> np.ndarray:
     # The last chunk is filled up, as the last batch of one call would be: same sums, same bits.
-    padding = max(0, chunk_size - len(labels)) if first else 0
+    padding = max(0, chunk_size - len(labels)) if first_index else 0
     padded = np.pad(labels, (0, padding), "edge")
-    return call(padded, first_index=first)[: len(labels)]
+    return call(padded, first_index=first_index)[: len(labels)]
 
 
 def _edit(edit: Edit, generator: ImageGenerator, labels: np.ndarray, **options: Any) -> np.ndarray:
@@ -362,6 +375,7 @@ def run() -> None:
         tile_size=_TILE_SIZE.value,
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
+        batch_invariant=_BATCH_INVARIANT.value,
         **{flag.name: flag.value for flag in _SAMPLER},
     )
 

@@ -7,10 +7,11 @@ rule table here maps those names to mesh axes.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -149,3 +150,71 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Assemble each process's rows of a batch into global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def map_rows(
+    mesh: Mesh, function: Callable[[Any, Any], Any], whole: Any, rows: Any, count: jax.Array
+) -> Any:
+    """Apply a function to one row of a batch after the other, each on the device that holds it.
+
+    The function always sees a batch of one. So what becomes of a row does not depend, to the last
+    bit, on how many there are nor on how many devices share them, though the order in which a
+    matrix product is summed depends on its shape.
+
+    Args:
+        mesh: devices; the rows are split over its data axes.
+        function: `(whole, rows [1 …]) → results [1 …]`.
+        whole: what every call is given, whole on every device.
+        rows: tree of arrays with the batch in front, which splits evenly.
+        count: how many rows, from the first on, to compute; the results of the others are zeros.
+            It must not be a constant: a loop that the compiler knows to run once is no loop.
+
+    Returns:
+        the results of all rows.
+    """
+    split, kept = batch_sharding(mesh).spec, replicated(mesh).spec
+    # Jitted, so that it is traced once, though it is asked for its shapes before it is called.
+    function = jax.jit(function)
+
+    def run(whole, rows, count):
+        length = len(jax.tree.leaves(rows)[0])
+        first = jax.lax.axis_index(split[0]) * length
+
+        def take(place):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1), rows)
+
+        def put(place, results):
+            return jax.tree.map(
+                lambda all_of_them, one: jax.lax.dynamic_update_slice_in_dim(
+                    all_of_them, one, place, 0
+                ),
+                results,
+                function(whole, take(place)),
+            )
+
+        shapes = jax.eval_shape(function, whole, take(0))
+        zeros = jax.tree.map(lambda x: jnp.zeros((length, *x.shape[1:]), x.dtype), shapes)
+        return jax.lax.fori_loop(0, jnp.clip(count - first, 0, length), put, zeros)
+
+    # The check takes zeros for the same on all devices, and would refuse to add rows to them.
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(kept, split, kept), out_specs=split, check_vma=False
+    )
+    return mapped(whole, rows, count)
+
+
+def check_whole(what: str, params: Any, mesh: Mesh) -> None:
+    """Raise a `ValueError` unless every device of a mesh holds all parameters whole.
+
+    Args:
+        what: that needs it.
+        params: tree of arrays that lie on the mesh.
+        mesh: the mesh.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not leaf.sharding.is_fully_replicated:
+            raise ValueError(
+                f"{what} needs the parameters whole on every device, but "
+                f"{'/'.join(str(entry.key) for entry in path)} is split over the mesh "
+                f"{dict(mesh.shape)}; give jax.device_get(params), or leave {what} out"
+            )

@@ -194,6 +194,30 @@ def test_tiles_of_the_tokenizer_are_asked_for_and_belong_to_the_job(run_dir, tmp
         sample(run_dir, tmp_path / "y.npz", **settings)
 
 
+def test_images_computed_alone_belong_to_the_job(run_dir, tmp_path, monkeypatch):
+    settings = dict(labels=[0, 1], num_per_class=3, batch_invariant=True)
+    sample(run_dir, tmp_path / "x.npz", batch_size=4, **settings)
+    alone = ImageGenerator.from_checkpoint(run_dir, batch_size=1, batch_invariant=True)
+    images, labels = read_npz(tmp_path / "x.npz")
+    np.testing.assert_array_equal(images, alone(labels))
+    seen = []
+
+    def stop(generator, labels, *, first_index, **options):
+        seen.append((generator.batch_invariant, len(labels)))
+        if first_index:
+            raise KeyboardInterrupt
+        return np.zeros((4, 16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(ImageGenerator, "__call__", stop)
+    for name, changes in (("y.npz", {}), ("z.npz", {"batch_invariant": False})):
+        with pytest.raises(KeyboardInterrupt):
+            sample(run_dir, tmp_path / name, batch_size=4, **settings | changes)
+    # Padding that is not computed needs no filling up.
+    assert seen == [(True, 4), (True, 2), (False, 4), (False, 4)]
+    with pytest.raises(ValueError, match="batch_invariant: true there, false now"):
+        sample(run_dir, tmp_path / "y.npz", batch_size=4, **settings | {"batch_invariant": False})
+
+
 def make_edit(**fields):
     photo = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
     mask = np.zeros((16, 16), bool)

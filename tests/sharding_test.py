@@ -193,6 +193,33 @@ def test_batches_are_split_by_rows():
     assert sorted(rows) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+@pytest.mark.parametrize("name", ["one", "data", "all"])
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_rows_are_mapped_alone_where_they_lie(name, count):
+    rng, mesh = np.random.default_rng(0), make_mesh(name)
+    weights = rng.standard_normal((300, 40)).astype(np.float32)
+    rows = {"x": rng.standard_normal((8, 3, 300)).astype(np.float32), "at": np.arange(8)}
+
+    def multiply(weights, row):
+        assert row["x"].shape == (1, 3, 300)
+        return {"y": row["x"] @ weights[None], "at": row["at"] + 1}
+
+    @jax.jit
+    def run(weights, rows, count):
+        return sharding.map_rows(mesh, multiply, weights, rows, count)
+
+    made = run(weights, rows, count)
+    alone = [
+        jax.jit(multiply)(weights, {k: v[i : i + 1] for k, v in rows.items()}) for i in rows["at"]
+    ]
+    for key, values in made.items():
+        expected = np.concatenate([row[key] for row in alone])
+        np.testing.assert_array_equal(values[:count], expected[:count])
+        assert not np.any(values[count:])
+    lying = made["y"].sharding.shard_shape(made["y"].shape)[0]
+    assert lying == 8 // sharding.batch_shards(mesh)
+
+
 def count_devices(batch_size, first="", **environment):
     code = f"import jax; from maskgil_jax import sharding; {first}"
     code += f"sharding.split_cpu({batch_size}); print(len(jax.devices()))"
