@@ -36,6 +36,7 @@ _PARAMS = "params.safetensors"
 _CONFIG = "config.json"
 # What a model directory consists of.
 MODEL_FILES = (_CONFIG, _PARAMS)
+_RECORD = "record"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -190,12 +191,14 @@ class Checkpoints:
     All processes of a run call every method together.
     """
 
-    def __init__(self, workdir: os.PathLike | str, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self, workdir: os.PathLike | str, *, keep: int | None = 2, read_only: bool = False
+    ):
         """Open the checkpoints under `workdir`.
 
         Args:
             workdir: the run's directory.
-            keep: how many of the newest steps to keep.
+            keep: how many of the newest steps to keep; all, until `drop`, if `None`.
             read_only: whether to leave the directory exactly as it is, a run that is still being
                 written included.
         """
@@ -237,8 +240,7 @@ class Checkpoints:
         return None if step < 0 else int(step)
 
     def _newest_verified(self, items: Sequence[str]) -> int | None:
-        steps = sorted(int(p.name) for p in self._steps.glob("*") if p.name.isdigit())
-        for step in reversed(steps):
+        for step in reversed(self.steps()):
             if step in self._verified:
                 return step
             if self._find_problem(self._steps / str(step), items) is None:
@@ -247,16 +249,27 @@ class Checkpoints:
                 return step
         return None
 
-    def save(self, step: int, trees: Mapping[str, Any], data: Any) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        data: Any = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start writing a checkpoint; errors of an earlier one surface here.
 
         Args:
             step: number of updates done.
             trees: named pytrees of global arrays.
-            data: the data iterator, with `get_state() → bytes`.
+            data: the data iterator, with `get_state() → bytes`; `None` if no run is to continue
+                from here.
+            record: what is to be known of the step, as JSON has it; see `read_record`.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items["data"] = grain.checkpoint.CheckpointSave(data)
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        if data is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(data)
+        if record is not None:
+            items[_RECORD] = ocp.args.JsonSave(dict(record))
         self._writer().save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract: Mapping[str, Any], data: Any = None) -> dict[str, Any]:
@@ -280,6 +293,28 @@ class Checkpoints:
         if data is not None:
             data.set_state(_read_position(path / "data"))
         return restored
+
+    def read_record(self, step: int) -> dict[str, Any]:
+        """Return the record that a step was saved with.
+
+        Raises:
+            CheckpointError: if it was saved without one.
+        """
+        path = self._steps / str(step) / _RECORD
+        if not path.is_dir():
+            raise CheckpointError(f"{path.parent} holds no {_RECORD}; another program wrote it")
+        return ocp.JsonCheckpointHandler().restore(path)
+
+    def drop(self, step: int) -> None:
+        """Remove a step that is on disk, for good."""
+        self._writer().delete(step)
+        self._verified.discard(step)
+        if self._first:
+            (self._manifests / f"{step}.json").unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps on disk, verified or not, in ascending order."""
+        return sorted(int(p.name) for p in self._steps.glob("*") if p.name.isdigit())
 
     def item_names(self, step: int) -> list[str]:
         """Return the names of the trees in a checkpoint."""

@@ -207,6 +207,16 @@ def default() -> ConfigDict:
     sampler.remasking_strength = 0.05
     sampler.remasking_choice = "random"  # random | confidence
 
+    evaluation = config.evaluation = ConfigDict()  # of samples while a model trains
+    evaluation.every_steps = 0  # updates between, and after the last; 0: never, no field is read
+    evaluation.protocol = "adm"  # adm | val | train | digits | digits_train; docs/evaluation.md
+    evaluation.metrics = ("fid",)  # such as fid, is, precision, recall; () is the protocol's
+    evaluation.num_images = 5000  # samples, as many of each class; FID of fewer is higher
+    evaluation.batch_size = 64  # images at a time
+    evaluation.reference = ""  # .npz or folder the samples are compared with; digits need none
+    evaluation.inception = ""  # weights of the InceptionV3 of FID; digits need none
+    evaluation.keep_best = ""  # metric whose best parameters are kept in WORKDIR/best; "": none
+
     report = config.report = ConfigDict()  # what is measured when a run has ended
     report.name = "none"  # none | digits | canvases
     report.num_samples = 1000

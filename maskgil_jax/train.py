@@ -23,7 +23,17 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from maskgil_jax import checkpoints, cli, hub, loading, pictures, processes, report, sharding
+from maskgil_jax import (
+    checkpoints,
+    cli,
+    hub,
+    loading,
+    monitor,
+    pictures,
+    processes,
+    report,
+    sharding,
+)
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import tasks as build_tasks
@@ -60,6 +70,7 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     source = build_data.make_source(config)
     tokenizer = _open_tokenizer(config, source)
     perceptual = _open_perceptual(config)
+    watch = monitor.open_monitor(config, mesh, tokenizer)
     claim = claim_workdir(workdir, config)
     with processes.enter_first(claim, workdir), jax.set_mesh(mesh):
         task = (
@@ -68,8 +79,8 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
             else build_tokenizers.make_tokenizer_task(config, mesh, perceptual)
         )
         batches = _open_batches(config, source, tokenizer, mesh)
-        state = _run(config, workdir, mesh, task, batches, tokenizer)
-        measured = report.measure(config, mesh, tokenizer, state)
+        state, best = _run(config, workdir, mesh, task, batches, tokenizer, watch)
+        measured = report.measure(config, mesh, tokenizer, state) | best
     measured["seconds"] = round(time.monotonic() - started, 1)
     say(json.dumps(measured))
     return measured
@@ -82,10 +93,20 @@ def _run(
     task: build_tasks.Task,
     batches: loop.DeviceBatches,
     tokenizer: Tokenizer | None,
-) -> Any:
-    """Restore or initialise the state, update it to the end, and draw the last samples."""
-    store = checkpoints.Checkpoints(workdir, keep=config.logging.keep_checkpoints)
-    with contextlib.closing(store), _open_writer(workdir) as writer:
+    watch: monitor.Monitor | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Restore or initialise the state, update it to the end, and draw the last samples.
+
+    Returns:
+        The state, and step and figure of the best parameters if they are kept.
+    """
+    best: monitor.BestCheckpoint | None = None
+    with contextlib.ExitStack() as stack:
+        if watch is not None and config.evaluation.keep_best:
+            best = stack.enter_context(contextlib.closing(monitor.BestCheckpoint(workdir, watch)))
+        store = checkpoints.Checkpoints(workdir, keep=config.logging.keep_checkpoints)
+        stack.enter_context(contextlib.closing(store))
+        writer = stack.enter_context(_open_writer(workdir))
         state, first_step = _restore(store, task, batches)
         if first_step > config.training.num_steps:
             raise ValueError(
@@ -113,7 +134,13 @@ def _run(
         def save(step: int, state: Any) -> None:
             store.save(step, _as_trees(state), batches)
 
-        hooks = loop.Hooks(log=log, save=save, sample=sample)
+        def skip(step: int, state: Any) -> None:
+            """Evaluate nothing: `evaluation.every_steps` is 0."""
+
+        evaluate = skip
+        if watch is not None:
+            evaluate = monitor.make_hook(watch, best, say, writer.add_scalar)
+        hooks = loop.Hooks(log=log, save=save, sample=sample, evaluate=evaluate)
         state = loop.run_loop(
             task.step,
             state,
@@ -124,7 +151,7 @@ def _run(
             first_step,
         )
         sample(config.training.num_steps, state)
-    return state
+    return state, {} if best is None else best.describe()
 
 
 def _restore(

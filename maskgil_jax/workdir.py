@@ -17,6 +17,7 @@ LOCK = "lock"
 # Fields that a resumed run may change: they touch neither the state nor what is learnt.
 _FREE = (
     "logging.",
+    "evaluation.",
     "report.",
     "sampler.",
     "mesh.",

@@ -24,6 +24,7 @@ def loop_config(config: ConfigDict) -> LoopConfig:
         log_every=config.logging.every,
         checkpoint_every=config.logging.checkpoint_every,
         sample_every=config.logging.sample_every,
+        evaluate_every=config.evaluation.every_steps,
     )
 
 
@@ -51,13 +52,13 @@ def validate(config: ConfigDict) -> None:
     check_choice("data.name", config.data.name, data.DATASETS)
     check_choice("report.name", config.report.name, REPORTS)
     training = config.training
+    _check_at_least(config, _LEAST)
     loop_config(config)
     tasks.make_optimizer(config)
     if not 0 <= training.ema_decay < 1:
         raise ValueError(f"training.ema_decay {training.ema_decay} is not in [0, 1)")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed {config.seed} is out of range; allowed: 0 to {2**32 - 1}")
-    _check_at_least(config, _LEAST)
     data.check_token_settings(config)
     transform = data.image_transform(config)
     report = config.report.name
@@ -90,6 +91,8 @@ _LEAST = {
     "data.cache_copies": 1,
     "data.num_threads": 0,
     "data.prefetch": 1,
+    "evaluation.batch_size": 1,
+    "evaluation.every_steps": 0,
     "data.max_bad_images": 0,
     "logging.keep_checkpoints": 1,
     "report.batch_size": 1,

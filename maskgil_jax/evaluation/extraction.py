@@ -67,6 +67,29 @@ def extract(
     return {name: np.concatenate([found[first][name] for first in starts]) for name in names}
 
 
+def collect(
+    images: ImageSet, net: FeatureNet, names: Sequence[str], *, chunk_size: int
+) -> dict[str, np.ndarray]:
+    """Return features of all images, each [n, width], without a trace on disk.
+
+    Args:
+        images: the set.
+        net: what they are features of.
+        names: which features.
+        chunk_size: images made and held at a time.
+
+    Raises:
+        ValueError: if an image cannot be read, or features are not finite.
+    """
+    parts = []
+    for first in range(0, len(images), chunk_size):
+        stop = min(first + chunk_size, len(images))
+        features = net.extract(images.read(first, stop), names)
+        check_finite(features, first)
+        parts.append(features)
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
 def check_finite(features: Mapping[str, np.ndarray], first: int) -> None:
     """Refuse features with NaN or infinity.
 

@@ -6,6 +6,7 @@ are known or not.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -115,13 +116,18 @@ class GeneratedImages:
         self.chunk_size = padded_size(
             min(generator.batch_size, len(labels)), batch_shards(generator.mesh)
         )
-        self.settings = {
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """All that the pixels depend on; for which every parameter is read."""
+        vq = self._generator.tokenizer
+        return {
             "kind": "generated",
-            "model": generator.model.fingerprint,
+            "model": self._generator.model.fingerprint,
             "tokenizer": vq.fingerprint,
             "tokenizer_dtype": vq.config.to_dict()["dtype"],
-            "size": list(size),
-            "seed": seed,
+            "size": list(self._size),
+            "seed": self._seed,
             "sampler": dataclasses.asdict(self.sampler),
             "batch_size": self.chunk_size,
         }

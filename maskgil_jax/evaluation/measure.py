@@ -13,11 +13,11 @@ from maskgil_jax.evaluation.protocols import NEED_REAL_IMAGES, SVM, Protocol
 from maskgil_jax.evaluation.references import Reference
 
 Features = Mapping[str, np.ndarray]
-# Names of the SVM protocol's figures beside those of the net's features.
-_SVM_NAMES = {
+# Figures of the SVM beside those of the net's features, and what `digits_report` calls them.
+SVM_FIGURES = {
     "agreement": "agreement",
-    "precision": "pixel_precision",
-    "recall": "pixel_recall",
+    "pixel_precision": "precision",
+    "pixel_recall": "recall",
     "novelty": "novelty",
     "svm_accuracy": "svm_accuracy",
 }
@@ -107,7 +107,7 @@ def _read_by_svm(
         train=digits_arrays("train"),
         heldout=digits_arrays("test"),
     )
-    return {ours: report[theirs] for theirs, ours in _SVM_NAMES.items()}
+    return {ours: report[theirs] for ours, theirs in SVM_FIGURES.items()}
 
 
 def _describe_order(labels: np.ndarray, split_size: int) -> list[str]:

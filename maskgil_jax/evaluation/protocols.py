@@ -16,6 +16,10 @@ LABELS = ("balanced", "random")
 # What is needed of the net for each metric, and whether of single images of the reference.
 _FEATURES = {"is": ("logits",), "sfid": ("spatial",), SVM: ("pixels",)}
 NEED_REAL_IMAGES = (*MANIFOLD_METRICS, "kid")
+# Figures by which samples can be ranked.
+HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "agreement"}
+HIGHER_IS_BETTER |= {"pixel_precision", "pixel_recall"}
+LOWER_IS_BETTER = {"fid", "sfid", "kid"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

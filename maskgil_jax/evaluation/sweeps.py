@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.evaluation.protocols import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from maskgil_jax.masking import check_choice
 
 TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(SamplerConfig)}
-_HIGH = {"is", "precision", "recall", "density", "coverage", "agreement"}
-_HIGH |= {"pixel_precision", "pixel_recall"}
-_LOW = {"fid", "sfid", "kid"}
 # Shown as "mean ± this".
 _SPREADS = {"is": "is_std", "kid": "kid_std"}
 
@@ -91,7 +89,7 @@ def make_table(report: Mapping[str, Any]) -> str:
 
 
 def _arrow(name: str) -> str:
-    return " ↑" if name in _HIGH else " ↓" if name in _LOW else ""
+    return " ↑" if name in HIGHER_IS_BETTER else " ↓" if name in LOWER_IS_BETTER else ""
 
 
 def _cell(name: str, figures: Mapping[str, float]) -> str:
@@ -131,7 +129,7 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     path = pathlib.Path(path)
     axes, points = _axes(report["sweep"]), report["points"]
-    names = [name for name in points[0]["figures"] if name in _HIGH | _LOW]
+    names = [name for name in points[0]["figures"] if name in HIGHER_IS_BETTER | LOWER_IS_BETTER]
     figure = Figure(figsize=(3.6 * len(names), 3.2 * len(axes)), layout="constrained")
     panels = figure.subplots(len(axes), len(names), squeeze=False)
     for axis, row in zip(axes, panels, strict=True):

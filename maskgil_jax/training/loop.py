@@ -27,7 +27,7 @@ class LoopConfig:
         num_steps: updates in all.
         batch_size: examples per update, over all processes.
         log_every, checkpoint_every: updates between, at least 1.
-        sample_every: updates between; 0 for never.
+        sample_every, evaluate_every: updates between; 0 for never.
     """
 
     num_steps: int
@@ -35,13 +35,15 @@ class LoopConfig:
     log_every: int
     checkpoint_every: int
     sample_every: int
+    evaluate_every: int = 0
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every {self.sample_every} must be 0 or more")
+        for name in ("sample_every", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,14 @@ class Hooks:
         log: `(step, scalars)`, at every logging interval.
         save: `(step, state)`, at every checkpoint.
         sample: `(step, state)`, at every sample interval.
+        evaluate: `(step, state)`, at every evaluation interval and after the last update; before
+            `save`, so that a run resumed from a step has been evaluated up to it.
     """
 
     log: Callable[[int, Mapping[str, float]], None]
     save: Callable[[int, Any], None]
     sample: Callable[[int, Any], None]
+    evaluate: Callable[[int, Any], None]
 
 
 class DeviceBatches:
@@ -126,13 +131,18 @@ def run_loop(
         last = step == config.num_steps
         save = last or step % config.checkpoint_every == 0
         log = last or step % config.log_every == 0
-        if save or log:
+        every = config.evaluate_every
+        evaluate = every > 0 and (last or step % every == 0)
+        if save or log or evaluate:
             scalars = {name: float(x) for name, x in jax.device_get(metrics.compute()).items()}
             check_finite(scalars, step - window + 1, step)
         if log:
             scalars |= timer.measure(step - first_step, config.batch_size)
             hooks.log(step, scalars)
             metrics, window = empty_metrics(), 0
+        if evaluate:
+            with timer.paused():
+                hooks.evaluate(step, state)
         if save:
             hooks.save(step, state)
         if config.sample_every and step % config.sample_every == 0 and not last:

@@ -29,6 +29,8 @@ ROOMS = {
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
     "report": {"generation", "build", "data", "evals", "tokenizers", "pictures"},
+    "monitor": {"evaluation", "generator", "loading", "build.models", "tokenizers", "workdir"}
+    | {"masking", "checkpoints", "config"},
     "loading": {"build.models", "models", "tokenizers", "evals", "convert", "checkpoints", "hub"}
     | {"workdir", "config"},
     "generation": {"build.models", "models", "tokenizers", "decoding", "loading", "sharding"}
