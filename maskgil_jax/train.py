@@ -137,7 +137,7 @@ def _run(
         def skip(step: int, state: Any) -> None:
             """Evaluate nothing: `evaluation.every_steps` is 0."""
 
-        evaluate = skip
+        evaluate: Callable[[int, Any], None] = skip
         if watch is not None:
             evaluate = monitor.make_hook(watch, best, say, writer.add_scalar)
         hooks = loop.Hooks(log=log, save=save, sample=sample, evaluate=evaluate)
