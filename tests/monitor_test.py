@@ -1,6 +1,7 @@
 """Evaluation while a model trains: figures, the best parameters, kills, and what is refused."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from train_test import final_state
 
 import maskgil_jax
 from maskgil_jax import checkpoints, evaluate, monitor
+from maskgil_jax.evals import metrics_from_features
 from maskgil_jax.train import train
 from maskgil_jax.training import loop
 
+SHAPE = (16, 16, 3)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -108,34 +111,28 @@ def test_training_is_the_same_without(finished, tokenizer, tmp_path, monkeypatch
         np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "moment", ["between evaluations", "while the best is written", "while the old best goes"]
-)
-def test_a_killed_run_ends_with_the_same_best(finished, tokenizer, tmp_path, monkeypatch, moment):
-    class KilledError(Exception):
-        pass
+class KilledError(Exception):
+    pass
 
-    def kill(*_):
-        raise KilledError
 
+def kill(*_):
+    raise KilledError
+
+
+def test_a_killed_run_ends_with_the_same_best(finished, tokenizer, tmp_path, monkeypatch):
+    told = loop.format_progress
     with monkeypatch.context() as patch:
-        if moment == "between evaluations":
-            told = loop.format_progress
-            patch.setattr(loop, "format_progress", lambda s, *a: kill() if s == 7 else told(s, *a))
-        elif moment == "while the best is written":
-            patch.setattr(checkpoints.Checkpoints, "_write_manifests", kill)
-        else:
-            patch.setattr(checkpoints.Checkpoints, "drop", kill)
-        # Orbax hands on what was raised while it wrote.
-        with pytest.raises((KilledError, RuntimeError)):
+        patch.setattr(loop, "format_progress", lambda s, *a: kill() if s == 7 else told(s, *a))
+        with pytest.raises(KilledError):
             train(digits_config(tokenizer), tmp_path / "run")
+    assert (tmp_path / "run/best").is_dir()
     lines = []
     monkeypatch.setattr("maskgil_jax.train.say", lines.append)
     report = train(digits_config(tokenizer), tmp_path / "run")
     assert report == finished[1] | {"seconds": report["seconds"]}
-    after = curves("\n".join(lines))
-    assert after.items() <= curves(finished[2]).items()
-    assert {6, 8} <= after.keys() or moment != "between evaluations"
+    output = "\n".join(lines)
+    assert "resumed from step 4" in output
+    assert curves(output) == {step: curves(finished[2])[step] for step in (6, 8)}
     assert read_best(tmp_path / "run") == read_best(finished[0])
     expected, actual = (
         maskgil_jax.load_model(path / "best").params for path in (finished[0], tmp_path / "run")
@@ -167,6 +164,23 @@ def test_an_earlier_step_may_turn_out_better_and_nan_never_is(watch, tmp_path):
     assert read_best(tmp_path)["figures"] == {"fid": 1.5}
 
 
+@pytest.mark.parametrize(("method", "kept"), [("_write_manifests", 4), ("drop", 6)])
+def test_a_kill_while_the_best_is_written_leaves_one(watch, tmp_path, monkeypatch, method, kept):
+    best = monitor.BestCheckpoint(tmp_path, watch)
+    offer(best, {4: 3.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, method, kill)
+        # Orbax writes in a thread, and hands on what was raised there.
+        with pytest.raises((KilledError, RuntimeError)):
+            offer(monitor.BestCheckpoint(tmp_path, watch), {6: 2.0})
+    store = checkpoints.Checkpoints(tmp_path / "best", read_only=True)
+    assert store.read_record(store.latest_step())["step"] == kept
+    again = monitor.BestCheckpoint(tmp_path, watch)
+    assert offer(again, {6: 2.0, 8: 1.0}) == [kept == 4, True]
+    again.close()
+    assert read_best(tmp_path)["step"] == 8
+
+
 def test_a_best_of_other_figures_is_not_compared(watch, tmp_path):
     best = monitor.BestCheckpoint(tmp_path, watch)
     offer(best, {4: 3.0})
@@ -184,7 +198,7 @@ def test_a_damaged_best_is_set_aside(watch, tmp_path):
     best = monitor.BestCheckpoint(tmp_path, watch)
     offer(best, {4: 3.0})
     best.close()
-    (victim,) = (tmp_path / "best/checkpoints/4/record").iterdir()
+    victim = tmp_path / "best/checkpoints/4/record/metadata"
     victim.write_text(victim.read_text().replace("3.0", "0.1"))
     again = monitor.BestCheckpoint(tmp_path, watch)
     assert again.describe() == {}
@@ -193,12 +207,10 @@ def test_a_damaged_best_is_set_aside(watch, tmp_path):
 
 
 def test_inception_protocols_compare_with_a_file(tokenizer, tmp_path, monkeypatch):
-    """On the pictures of a folder, and of the parameters where no average is kept."""
+    """Of the parameters, where no average is kept."""
     config = tiny.get_config()
     config.tokenizer.path = str(tokenizer)
-    config.data.path = str(tiny.make_image_folder(tmp_path / "images"))
-    config.training.update(num_steps=1, ema_decay=0.0)
-    np.savez(tmp_path / "real.npz", make_pixels(12, shape=(16, 16, 3)))
+    np.savez(tmp_path / "real.npz", make_pixels(12, shape=SHAPE))
     (tmp_path / "inception").mkdir()
     config.evaluation.update(
         every_steps=5,
@@ -210,10 +222,21 @@ def test_inception_protocols_compare_with_a_file(tokenizer, tmp_path, monkeypatc
     )
     config.evaluation.metrics = ("fid", "sfid", "precision", "recall")
     monkeypatch.setattr(monitor, "open_net", lambda family, weights: FakeNet())
-    report = train(config, tmp_path / "run")
-    assert report["best_step"] == 1
-    assert read_best(tmp_path / "run")["figures"].keys() == {"fid", "sfid", "precision", "recall"}
-    assert (tmp_path / "run/best/checkpoints/1/params").is_dir()
+    generator, lines, points = tiny.make_generator(tokenizer, devices=4), [], []
+    watch = monitor.open_monitor(config, generator.mesh, generator.tokenizer)
+    best = monitor.BestCheckpoint(tmp_path, watch)
+    evaluate_at = monitor.make_hook(watch, best, lines.append, lambda *point: points.append(point))
+    evaluate_at(5, types.SimpleNamespace(params=generator.model.params, ema=None))
+    best.close()
+    figures = read_best(tmp_path)["figures"]
+    assert figures.keys() == {"fid", "sfid", "precision", "recall"}
+    assert points == [(f"evaluation/{name}", value, 5) for name, value in figures.items()]
+    assert any("taken to be that of protocol val" in line for line in lines)
+    images = generator(np.arange(10) % 2, seed=0)
+    pool = [FakeNet().extract(x, ("pool",))["pool"] for x in (images, make_pixels(12, shape=SHAPE))]
+    expected = metrics_from_features(*pool, metrics=["fid", "precision", "recall"])
+    assert {name: figures[name] for name in expected} == expected
+    assert (tmp_path / "best/checkpoints/5/params").is_dir()
 
 
 BAD_VALUES = {
