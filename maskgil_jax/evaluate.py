@@ -200,9 +200,9 @@ def _generated(
 
 
 def _say_notes(point: Mapping[str, Any]) -> None:
-    swept = "".join(f"{name}={value} " for name, value in point.get("swept", {}).items())
-    if swept:
-        print(f"{swept}: {point['figures']}", file=sys.stderr, flush=True)
+    if swept := " ".join(f"{name}={value}" for name, value in point.get("swept", {}).items()):
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in point["figures"].items())
+        print(f"{swept}: {figures}", file=sys.stderr, flush=True)
     for note in point["notes"]:
         print(f"note: {note}", file=sys.stderr, flush=True)
 

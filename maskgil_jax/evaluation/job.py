@@ -190,7 +190,7 @@ def _measure_all(
 def _measure_point(evaluation: Evaluation, number: int) -> dict[str, Any]:
     protocol, images, net = evaluation.protocol, evaluation.samples[number], evaluation.net
     swept = dict(evaluation.points[number])
-    label = "".join(f"{name}={value} " for name, value in swept.items())
+    label = "".join(f" {name}={value}" for name, value in swept.items())
     real = _extract_reference(evaluation)
     chunk_size = images.chunk_size if isinstance(images, GeneratedImages) else evaluation.batch_size
     samples = extract(
@@ -199,7 +199,7 @@ def _measure_point(evaluation: Evaluation, number: int) -> dict[str, Any]:
         tuple(dict.fromkeys(("pool", *protocol.features))),
         _samples_folder(evaluation, number),
         chunk_size=chunk_size,
-        label=f"samples: {label}",
+        label=f"samples{label}: ",
     )
     figures, notes = measure(
         protocol, samples, images.labels, images.image_shape, evaluation.reference, real
