@@ -145,7 +145,7 @@ def make_generate_fn(
         return tokens, None if trace is None else jnp.moveaxis(trace.tokens, 0, 1)
 
     def run(params, tokenizer_params, batch, *count):
-        common, rows = _take_apart(batch)
+        common, rows = _take_apart(batch, mesh)
         tokens, trace = spread(decode, (params, common), rows, *count)
         if trace is not None:
             trace = jnp.moveaxis(trace, 1, 0)
@@ -194,7 +194,7 @@ def make_step_fn(
         return take(i, state)
 
     def run(params, batch, i, state, *count):
-        common, rows = _take_apart(batch)
+        common, rows = _take_apart(batch, mesh)
         return spread(step, (params, common, i), (rows, state), *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
@@ -216,6 +216,7 @@ def make_decode_fn(
     decode_pixels = _make_pixel_fn(tokenizer, grid_size)
 
     def run(params, tokens, *count):
+        tokens = jax.lax.with_sharding_constraint(tokens, sharding.batch_sharding(mesh))
         return spread(decode_pixels, params, tokens, *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
@@ -228,17 +229,15 @@ def _make_spreader(mesh: Mesh, batch_invariant: bool) -> Callable[..., Any]:
     """
     if batch_invariant:
         return functools.partial(sharding.map_rows, mesh)
-    split = sharding.batch_sharding(mesh)
-
-    def spread(function, whole, rows):
-        return function(whole, jax.lax.with_sharding_constraint(rows, split))
-
-    return spread
+    return lambda function, whole, rows: function(whole, rows)
 
 
-def _take_apart(batch: masked.Batch) -> tuple[Any, Any]:
-    """Return what the images of a batch have in common, and what each has of its own."""
-    rows = (batch.tokens, batch.condition, batch.rngs, batch.plan.counts)
+def _take_apart(batch: masked.Batch, mesh: Mesh) -> tuple[Any, Any]:
+    """Return what the images of a batch have in common, and what each has of its own, split."""
+    split = functools.partial(
+        jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh)
+    )
+    rows = (split(batch.tokens), split(batch.condition), batch.rngs, batch.plan.counts)
     return (dataclasses.replace(batch.plan, counts=None), batch.shared), rows
 
 
