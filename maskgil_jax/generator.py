@@ -346,7 +346,7 @@ class ImageGenerator:
         return grey_out(images.reshape(*trace.shape[:2], *images.shape[1:]), trace == mask)
 
     def sampler(
-        self, grid_size: tuple[int, int] | None = None, **changes: Any
+        self, grid_size: tuple[int, int] | None = None, /, **changes: Any
     ) -> masked.SamplerConfig:
         """Return the run's sampler settings with some changed.
 

@@ -163,8 +163,8 @@ def sample(
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
     classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
-    if not len(classes):
-        raise ValueError("there are no labels; give one or more")
+    if not len(classes) or num_per_class < 1:
+        raise ValueError("there are no labels; give one or more, and --num_per_class of at least 1")
     # No training data has the label for "no condition".
     loading.check_range("label", classes, model.config.num_classes + (not records))
     image_labels = np.repeat(classes.astype(np.int32), num_per_class)
