@@ -3,7 +3,8 @@
     python tools/reconstruct.py --tokenizer DIR --images photos/ --image_size 256 --out grid.png
 
 The picture has originals above their reconstructions. The last line printed is JSON: PSNR in dB
-and SSIM, both averaged over the images, and the share of the codebook that they use.
+and SSIM, both averaged over the images, and the share of the codebook that they use; with `--rfid`
+also the Fréchet distance between features of the reconstructions and of the originals.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from maskgil_jax.data.folder import EXTENSIONS
 from maskgil_jax.data.images import decode_rgb
 from maskgil_jax.data.pipeline import Source
 from maskgil_jax.data.transforms import center_crop, to_float
+from maskgil_jax.evals.frechet import Statistics, describe_bias, frechet_distance
 from maskgil_jax.evals.images import psnr, ssim
+from maskgil_jax.evaluation.nets import FeatureNet, open_net
+from maskgil_jax.evaluation.protocols import DIGIT_NET, INCEPTION
 from maskgil_jax.pictures import BACKGROUND, make_grid, save_png
 from maskgil_jax.tokenizers.base import Tokenizer
 
@@ -54,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tile_size", type=int, help="pixels: larger images in tiles (default: all whole)")
     add("--out", required=True, type=Path, help="PNG file to write")
     add("--shown", type=int, default=16, help="images in the picture")
+    add(
+        "--rfid",
+        metavar="NET",
+        help=f"weights of FID's InceptionV3, or {DIGIT_NET!r} for 32×32 digits: measure rFID too",
+    )
     add("--columns", type=int, default=8, help="images in a row of it")
     add("--json", type=Path, help="file to write, with the figures of every image")
     return parser
@@ -155,8 +164,11 @@ def reconstruct(
     image_size: int | None,
     batch_size: int,
     shown: int,
+    net: FeatureNet | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[np.ndarray, np.ndarray]]]:
     """Return the figures of all images, those of each, and the first `shown` pairs.
+
+    With a net, whose features of all images are kept, rFID is among the figures.
 
     Raises:
         ValueError: an image cannot be read, or its size does not suit.
@@ -167,17 +179,22 @@ def reconstruct(
     used = np.zeros(spec.codebook_size, bool)
     rows: list[dict[str, Any]] = []
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    features: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for names, images in _prepare(entries, image_size, spec.downsample_factor, batch_size):
         tokens = np.asarray(tokenizer.encode(to_float(images), batch_size=batch_size))
         rebuilt = generation.decode_images(tokenizer, tokens, batch_size=batch_size)
         used[tokens] = True
+        if net is not None:
+            net.check_shape(names[0], images.shape[1:])
+            for kept, side in zip(features, (images, rebuilt), strict=True):
+                kept.append(net.extract(side, ("pool",))["pool"])
         measured = zip(names, psnr(images, rebuilt), ssim(images, rebuilt), strict=True)
         rows += [
             {"image": n, "psnr_db": _finite(p), "ssim": round(float(s), 5)} for n, p, s in measured
         ]
         pairs += list(zip(images, rebuilt, strict=True))[: shown - len(pairs)]
     ratios = [math.inf if row["psnr_db"] is None else row["psnr_db"] for row in rows]
-    figures = {
+    figures: dict[str, Any] = {
         "images": len(rows),
         "psnr_db": _finite(np.mean(ratios)),
         "ssim": round(float(np.mean([row["ssim"] for row in rows])), 4),
@@ -185,6 +202,11 @@ def reconstruct(
         "codes_used": int(used.sum()),
         "codebook_size": spec.codebook_size,
     }
+    if net is not None:
+        originals, others = (Statistics.of_features(np.concatenate(kept)) for kept in features)
+        figures["rfid"] = round(frechet_distance(originals, others), 4)
+        figures["rfid_net"] = {"name": net.name, "fingerprint": net.fingerprint}
+        figures["notes"] = [*net.notes, *describe_bias({"images": originals})]
     return figures, rows, pairs
 
 
@@ -211,6 +233,13 @@ def lay_out(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int) -> np.
     return make_grid(np.stack(cells), columns=columns)
 
 
+def open_rfid_net(weights: str | None) -> FeatureNet | None:
+    """Return the net that `--rfid` names; `None` if it is not given."""
+    if weights is None:
+        return None
+    return open_net(DIGIT_NET, None) if weights == DIGIT_NET else open_net(INCEPTION, weights)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reconstruct what the command line names, and return what is printed."""
     for name in ("image_size", "num_images", "batch_size", "shown", "columns"):
@@ -234,6 +263,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         image_size=args.image_size,
         batch_size=args.batch_size,
         shown=args.shown,
+        net=open_rfid_net(args.rfid),
     )
     save_png(args.out, lay_out(pairs, args.columns))
     report = {

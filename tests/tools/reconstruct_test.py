@@ -11,6 +11,7 @@ import maskgil_jax.data.digits
 from maskgil_jax import generation
 from maskgil_jax.data.transforms import center_crop, to_float
 from maskgil_jax.evals.images import psnr, ssim
+from maskgil_jax.evaluation.nets import DigitNet
 
 TOOLS = tiny.ROOT / "tools"
 
@@ -67,6 +68,26 @@ def test_digits_are_rebuilt_measured_and_shown(tmp_path, capsys):
     empty = np.full((32, 32, 3), 255, np.uint8)
     expected = [*images[:3], *rebuilt[:3], *images[3:5], empty, *rebuilt[3:5], empty]
     np.testing.assert_array_equal(cells, expected)
+
+
+def test_rfid_is_the_distance_of_reconstructions_from_their_originals(tmp_path, capsys):
+    arguments = ["--tokenizer=asset:digits_tokenizer", "--images=digits", "--num_images=100"]
+    arguments += [f"--out={tmp_path / 'grid.png'}", "--rfid=digit-net"]
+    assert run_tool(*arguments) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    images = maskgil_jax.data.digits.digits_arrays("test")[0][:100]
+    rebuilt, _ = rebuild(maskgil_jax.load_tokenizer("asset:digits_tokenizer"), images)
+    pools = [DigitNet().extract(side, ("pool",))["pool"] for side in (images, rebuilt)]
+    (mean, cov), (other_mean, other_cov) = (
+        (np.mean(x, 0, np.float64), np.cov(x.astype(np.float64), rowvar=False)) for x in pools
+    )
+    # Some features are 0 for all digits, so the product has no root; its eigenvalues do.
+    roots = np.sqrt(np.abs(np.linalg.eigvals(cov @ other_cov)))
+    expected = np.sum((mean - other_mean) ** 2) + np.trace(cov + other_cov) - 2 * roots.sum()
+    assert report["rfid"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert report["rfid"] > 0.1
+    assert report["rfid_net"]["name"] == "digit-net"
+    assert report["notes"] == []
 
 
 def test_images_of_any_size_are_cut_to_multiples(inputs, tmp_path, capsys):
