@@ -148,15 +148,21 @@ def evaluate(
         labels=labels,
     )
     net = open_net(chosen.net, inception)
-    compared = open_reference(chosen, net, reference, image_size=image_size, convert=convert_to_rgb)
+    folders = [path for path in (samples, reference) if path and pathlib.Path(path).is_dir()]
+    if (image_size is not None or convert_to_rgb) and not folders:
+        raise ValueError(
+            "--image_size and --convert_to_rgb are for folders of pictures, and none is given"
+        )
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"--image_size {image_size} must be at least 1")
+    crop = {"image_size": image_size, "convert": convert_to_rgb}
+    whole = {"image_size": None, "convert": False}
+    compared = open_reference(chosen, net, reference, **(crop if reference in folders else whole))
     points = sweeps.grid(varied)
     sets: list[ImageSet]
     if make is None:
         assert samples is not None
-        # An .npz is measured as it is; the options are then of a folder of reference images.
-        is_folder = pathlib.Path(samples).is_dir()
-        size_of_crop = image_size if is_folder else None
-        sets = [open_images(samples, image_size=size_of_crop, convert=convert_to_rgb and is_folder)]
+        sets = [open_images(samples, **(crop if samples in folders else whole))]
     else:
         sets = [
             _generated(make, chosen, seed=seed, size=size, **given, **changes) for changes in points

@@ -118,6 +118,8 @@ def test_a_sweep_writes_table_and_plot(files, capsys):
         (["--workdir=w", "--num_images=6", "--sweep=num_steps=1,99"], "num_steps"),
         (["--workdir=w", "--num_images=6", "--plot=x.png"], "--plot needs a --sweep"),
         (["--workdir=w", "--num_images=6", "--out=x.csv"], "x.csv is no FILE.json"),
+        (["--workdir=w", "--num_images=6", "--image_size=8"], "are for folders of pictures"),
+        (["--samples=samples.npz", "--num_images=9", "--convert_to_rgb"], "are for folders of"),
         (["--samples=samples.npz", "--num_images=9", "--metrics=kid"], "too few for subsets"),
     ],
 )

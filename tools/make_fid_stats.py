@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--protocol", required=True, help=f"one of {', '.join(PROTOCOLS)}")
     add("--images", help="folder of pictures, those below it too, or FILE.npz with arr_0")
     add("--tfds", help="prepared TFDS dataset instead, such as imagenet2012")
-    add("--split", default="validation", help="of the TFDS dataset")
+    add("--split", help="of the TFDS dataset; default: the one the protocol is named for")
     add("--data_dir", help="folder that the TFDS dataset was prepared in")
     add("--image_size", type=int, help="side to which images are cropped; default: not at all")
     add("--convert_to_rgb", action="store_true", help="take grey, CMYK and transparent files")
@@ -75,6 +75,8 @@ def open_source(args: argparse.Namespace) -> ImageSet:
     if args.images is not None:
         if args.data_dir is not None:
             raise ValueError("--data_dir is for --tfds, and --images names a folder itself")
+        if args.split is not None:
+            raise ValueError("--split is for --tfds; --images are taken all")
         images = open_images(args.images, image_size=args.image_size, convert=args.convert_to_rgb)
     else:
         if args.data_dir is None:
@@ -82,11 +84,29 @@ def open_source(args: argparse.Namespace) -> ImageSet:
         # array_record, which it reads with, has no wheels outside Linux.
         from maskgil_jax.data.tfds import TFDSSource
 
-        source = TFDSSource(args.tfds, args.split, args.data_dir)
+        source = TFDSSource(args.tfds, find_split(args.protocol, args.split), args.data_dir)
         images = SourceImages(source, image_size=args.image_size)
     if args.num_images not in (None, len(images)):
         raise ValueError(f"--num_images {args.num_images}, but there are {len(images)} images")
     return images
+
+
+def find_split(protocol: str, split: str | None) -> str:
+    """Return the split of a protocol, or the one given if it is part of that.
+
+    Raises:
+        ValueError: if it belongs to the other protocol.
+    """
+    usual = {"val": "validation", "train": "train"}
+    if split is None:
+        return usual[protocol]
+    others = {name: other for other, name in usual.items() if other != protocol}
+    if (base := split.split("[")[0]) in others:
+        raise ValueError(
+            f"--split {split} is that of --protocol {others[base]}; statistics of --protocol "
+            f"{protocol} are of {usual[protocol]!r}, or of a split named otherwise"
+        )
+    return split
 
 
 def gather(

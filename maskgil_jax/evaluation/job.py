@@ -80,7 +80,10 @@ class Evaluation:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the figures depend on, as JSON has it."""
-        swept = {"sweep": dict(self.sweep)} if self.sweep else {}
+        swept: dict[str, Any] = {}
+        if self.sweep:
+            # Points go by their number, hence by the order of what varies.
+            swept = {"sweep": dict(self.sweep), "sweep_order": list(self.sweep)}
         settings: dict[str, Any] = {
             "protocol": self.protocol.to_dict(),
             "net": describe_net(self.net),

@@ -57,7 +57,7 @@ def measure(
         if "sfid" in metrics:
             figures |= metrics_from_features(
                 generated,
-                _given(pool if pool is not None else spatial),
+                pool,
                 metrics=["sfid"],
                 generated_spatial=samples["spatial"],
                 real_spatial=spatial if spatial is not None else real["spatial"],
@@ -114,8 +114,10 @@ def _describe_order(labels: np.ndarray, split_size: int) -> list[str]:
     """Return a note if splits of the inception score lack classes that others have."""
     classes = len(set(labels.tolist()))
     splits = [labels[start : start + split_size] for start in range(0, len(labels), split_size)]
-    fewest = min(len(set(split.tolist())) for split in splits if len(split) >= classes)
-    if fewest >= 0.5 * classes:
+    whole = [split for split in splits if len(split) == min(split_size, len(labels))]
+    fewest = min(len(set(split.tolist())) for split in whole)
+    # A split cannot hold more classes than images.
+    if fewest >= 0.5 * min(classes, split_size):
         return []
     return [
         f"is: the samples are sorted by class, a split of {split_size} has as few as {fewest} of "

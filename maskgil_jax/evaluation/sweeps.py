@@ -94,8 +94,15 @@ def _arrow(name: str) -> str:
 
 def _cell(name: str, figures: Mapping[str, float]) -> str:
     spread = figures.get(_SPREADS.get(name, ""))
-    number = f"{figures[name]:.2f}" if abs(figures[name]) >= 10 else f"{figures[name]:.3f}"
-    return number if spread is None else f"{number} ± {spread:.3f}"
+    number = _format(figures[name])
+    return number if spread is None else f"{number} ± {_format(spread)}"
+
+
+def _format(value: float) -> str:
+    if abs(value) >= 10:
+        return f"{value:.2f}"
+    # KID of good samples is a few thousandths.
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
 def check_plot(path: str | os.PathLike[str] | None, sweeps: Mapping[str, Sequence[Any]]) -> None:

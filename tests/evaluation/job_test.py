@@ -184,6 +184,38 @@ def test_a_sweep_keeps_its_finished_points(tmp_path):
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
+def test_what_varies_keeps_its_order(tmp_path):
+    def make(names, stop_at=None):
+        points = [dict(zip(names, (a, b), strict=True)) for a in (1, 2) for b in (1, 2)]
+        samples = [
+            FakeImages(30, seed=i, stop_at=stop_at, sampler=point) for i, point in enumerate(points)
+        ]
+        sweep = {name: [1, 2] for name in names}
+        return make_job(tmp_path / "x.json", samples, points=points, sweep=sweep)
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make(["num_steps", "guidance_scale"], stop_at=9))
+    with pytest.raises(ValueError, match="sweep_order"):
+        job.run(make(["guidance_scale", "num_steps"]))
+
+
+def test_a_spatial_distance_needs_nothing_else(tmp_path):
+    protocol = find_protocol("val", metrics=("sfid",), num_images=30)
+    report = job.run(make_job(tmp_path / "x.json", protocol=protocol))
+    whole = job.run(make_job(tmp_path / "all.json"))
+    assert report["figures"] == {"sfid": whole["figures"]["sfid"]}
+
+
+def test_more_classes_than_a_split_holds_are_no_error(tmp_path):
+    split = dataclasses.replace(make_job(tmp_path / "x.json").protocol, split_size=10)
+    labels = np.arange(30)
+    report = job.run(make_job(tmp_path / "x.json", [FakeImages(30, labels=labels)], protocol=split))
+    assert not any("sorted by class" in note for note in report["notes"])
+    labels = np.repeat(np.arange(6), 5)
+    report = job.run(make_job(tmp_path / "y.json", [FakeImages(30, labels=labels)], protocol=split))
+    assert any("sorted by class" in note for note in report["notes"])
+
+
 def test_a_finished_report_is_not_measured_again(tmp_path):
     out = tmp_path / "x.json"
     report = job.run(make_job(out))

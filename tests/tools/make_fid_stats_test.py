@@ -83,6 +83,7 @@ def test_kills_change_no_byte(files, monkeypatch):
         (["--protocol=adm"], "--protocol 'adm' is unknown; allowed: val, train"),
         (["--tfds=x"], "give the images: one of --images and --tfds"),
         (["--data_dir=x"], "--data_dir is for --tfds"),
+        (["--split=train"], "--split is for --tfds"),
         (["--num_images=49"], "--num_images 49, but there are 50 images"),
         (["--features=51"], "--features 51: allowed are 0 to 50, all images"),
         (["--image_size=8"], "--image_size and --convert_to_rgb are for folders"),
@@ -113,3 +114,15 @@ def test_other_settings_do_not_continue_what_was_begun(files, capsys, monkeypatc
     assert make(files, "--features=3")[0] == 1
     assert "features: 0 there, 3 now" in capsys.readouterr().err
     assert make(files)[0] == 0
+
+
+def test_a_split_of_the_other_protocol_is_refused():
+    assert [make_fid_stats.find_split(name, None) for name in ("val", "train")] == [
+        "validation",
+        "train",
+    ]
+    assert make_fid_stats.find_split("val", "test") == "test"
+    assert make_fid_stats.find_split("train", "train[:10%]") == "train[:10%]"
+    for protocol, split in (("val", "train[:5%]"), ("train", "validation")):
+        with pytest.raises(ValueError, match="is that of --protocol"):
+            make_fid_stats.find_split(protocol, split)
