@@ -90,8 +90,10 @@ def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
 
 def check_batch_size(batch_size: int) -> None:
     """Raise a `ValueError` unless at least one image is made at a time."""
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be a whole number of at least 1")
+    if not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size {batch_size!r} is no whole number")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
