@@ -116,12 +116,12 @@ def pad(
         padding: pixels to add at the top, bottom, left and right.
 
     Raises:
-        ValueError: if a number is negative, or all are 0.
+        ValueError: if there are not four, one is negative, or all are 0.
     """
-    if min(padding) < 0 or not any(padding):
+    if len(padding) != 4 or min(padding) < 0 or not any(padding):
         raise ValueError(
-            f"padding {tuple(padding)} is out of range; give pixels to add at the top, bottom, "
-            "left and right, 0 or more, not all of them 0"
+            f"padding {tuple(padding)} is out of range; give four numbers of pixels, "
+            "at the top, bottom, left and right, 0 or more, not all of them 0"
         )
     top, bottom, left, right = padding
     wide = np.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)), "edge")

@@ -6,7 +6,7 @@ uint8. What runs it, batch by batch, is in `generation.py`.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -369,7 +369,10 @@ class ImageGenerator:
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:
             return self.model.config.grid_size
-        return self.tokenizer.spec.grid_size(*size)
+        sides = size if isinstance(size, Sequence) and not isinstance(size, str) else ()
+        if len(sides) != 2 or not all(isinstance(side, int | np.integer) for side in sides):
+            raise ValueError(f"size {size!r}: give (height, width) in pixels, whole numbers")
+        return self.tokenizer.spec.grid_size(*sides)
 
     def _complete(
         self,

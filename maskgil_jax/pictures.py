@@ -137,8 +137,13 @@ def decided_at(
         them from those decided in the first step.
 
     Raises:
-      ValueError: the trace is empty, or tokens are masked at its end.
+      ValueError: the trace is empty, tokens are masked at its end, or `known` is not of bools.
     """
+    if known is not None and np.asarray(known).dtype != bool:
+        raise ValueError(
+            f"known has type {np.asarray(known).dtype}; give bool [b gh gw], true where a "
+            "token was given, not the tokens"
+        )
     masked = np.asarray(trace) == mask_token_id
     if not len(masked) or masked[-1].any():
         raise ValueError(

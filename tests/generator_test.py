@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import tiny
@@ -188,6 +189,24 @@ def test_size_asks_for_another_grid(generator):
     assert generator.sampler((4, 6), num_steps=24).num_steps == 24
     with pytest.raises(ValueError, match=r"num_steps 13 is out of range.* 12, .* a 2×6 grid"):
         generator(LABELS, size=(8, 24), num_steps=13)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(size=32), r"size 32: give \(height, width\)"),
+        (dict(size="32x48"), "size '32x48': give"),
+        (dict(size=(24.0, 24)), "size .*whole numbers"),
+        (dict(order="halton", halton_roll="no"), "halton_roll 'no' is neither True nor False"),
+        (dict(rescale=1), "rescale 1 is neither"),
+        (dict(top_k=5.0), "top_k 5.0 is no whole number"),
+    ],
+)
+def test_values_of_another_type_are_refused(generator, monkeypatch, options, message):
+    # As for users, whose calls no annotation checks.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        generator([1], **options)
 
 
 @pytest.mark.parametrize("name", ["start", "decode", "grid_size"])

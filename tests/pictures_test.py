@@ -2,6 +2,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -239,3 +240,11 @@ def test_a_heat_map_grows_lighter_from_step_to_step():
 def test_unusable_pixels_are_refused(call, match):
     with pytest.raises(ValueError, match=match):
         call(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_known_tokens_are_told_by_bools(monkeypatch):
+    # As for users, whose calls no annotation checks.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    trace = np.zeros((2, 1, 2, 2), np.int32)
+    with pytest.raises(ValueError, match="known has type int32"):
+        decided_at(trace, 5, known=trace[0])

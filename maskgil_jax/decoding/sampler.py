@@ -72,6 +72,9 @@ class SamplerConfig:
         for name in ("num_steps", "top_k"):
             if not isinstance(getattr(self, name), int | np.integer):
                 raise ValueError(f"{name} {getattr(self, name)!r} is no whole number")
+        for name in ("rescale", "halton_roll"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name} {getattr(self, name)!r} is neither True nor False")
         if self.num_steps < 1:
             raise ValueError(f"num_steps {self.num_steps} is out of range; allowed: 1 or more")
         masking.check_choice("schedule", self.schedule, masking.SCHEDULES)
