@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ImageGenerator": "maskgil_jax.generator",
-    "mix_labels": "maskgil_jax.generation",
+    "mix_labels": "maskgil_jax.models.conditioning",
     "load_model": "maskgil_jax.loading",
     "load_tokenizer": "maskgil_jax.loading",
     "generate_tokens": "maskgil_jax.generation",
@@ -37,7 +37,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from maskgil_jax.decoding.masked import SamplerConfig
-    from maskgil_jax.generation import decode_images, generate_tokens, mix_labels
+    from maskgil_jax.generation import decode_images, generate_tokens
     from maskgil_jax.generator import ImageGenerator
     from maskgil_jax.loading import load_model, load_tokenizer
 

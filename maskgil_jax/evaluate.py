@@ -140,7 +140,7 @@ def evaluate(
             mesh=sharding.make_mesh({"data": -1}),
         )
         if num_per_class is not None:
-            num_images = num_per_class * make.model.config.num_classes
+            num_images = num_per_class * make.model.num_classes
     chosen = find_protocol(
         protocol,
         metrics=None if metrics is None else tuple(metrics),
@@ -198,7 +198,7 @@ def _generated(
     **sampler: Any,
 ) -> GeneratedImages:
     (gh, gw), factor = make.model.config.grid_size, make.tokenizer.spec.downsample_factor
-    classes = make.model.config.num_classes
+    classes = make.model.num_classes
     labels: np.ndarray = draw_labels(protocol.labels, protocol.num_images, classes, seed)
     return GeneratedImages(
         make, labels, seed=seed, size=size or (gh * factor, gw * factor), sampler=sampler

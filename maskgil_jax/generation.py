@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from maskgil_jax import loading, sharding
 from maskgil_jax.build import models as build
@@ -28,64 +28,10 @@ from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, check_tokens
 Callback = Callable[[int, np.ndarray], None]
 # Classes [b], or float mixtures of classes [b, C+1].
 Labels = Sequence[int] | np.ndarray
-_SUM_SLACK = 1e-3
 # More numbers of images than this would not fit what is folded into their keys.
 MAX_IMAGES = 2**31
 # Images that begin alike are decoded together at first if there are this many of a kind or more.
 _IMAGES_PER_KIND = 4
-
-
-def mix_labels(
-    first: int, second: int, shares: Sequence[float] | np.ndarray, num_classes: int
-) -> Float[np.ndarray, "b n"]:
-    """Return mixtures of two classes, to be given as labels: an interpolation of conditions.
-
-    Args:
-        first: class 0…C-1, or C for "no condition".
-        second: the other one.
-        shares: of the second, one per image, 0 to 1; 0 is the first class alone.
-        num_classes: C, the model's.
-
-    Returns:
-        float32 [b, C+1], rows that sum to 1.
-
-    Raises:
-        ValueError: if a class or a share is out of range.
-    """
-    loading.check_range("label", np.array([first, second]), num_classes + 1)
-    eye = np.eye(num_classes + 1, dtype=np.float32)
-    weights = np.asarray(shares, np.float32)[:, None]
-    if (wrong := weights[~((weights >= 0) & (weights <= 1))]).size:
-        raise ValueError(f"share {wrong[0]:g} of the second class is out of range; allowed: 0 to 1")
-    return (1 - weights) * eye[first] + weights * eye[second]
-
-
-def check_labels(labels: Labels, num_classes: int) -> np.ndarray:
-    """Return labels as int32 [b] or, if they are mixtures, float32 [b, C+1].
-
-    Raises:
-        ValueError: if one is out of range, or a mixture has another width, another sum than 1 or a
-            weight below 0.
-    """
-    labels = np.asarray(labels)
-    if labels.ndim == 2:
-        sums = labels.astype(np.float64).sum(-1)
-        if labels.shape[1] != num_classes + 1 or not np.all(np.abs(sums - 1) < _SUM_SLACK):
-            raise ValueError(
-                f"mixtures of classes have shape {labels.shape} and sums from "
-                f"{sums.min(initial=1):g} to {sums.max(initial=1):g}; give [b, {num_classes + 1}], "
-                "the last column for no condition, and rows that sum to 1"
-            )
-        if (lowest := labels.min(initial=0)) < 0:
-            raise ValueError(
-                f"a mixture of classes has the weight {lowest:g}; weights are 0 or more"
-            )
-        return labels.astype(np.float32)
-    if labels.ndim != 1:
-        raise ValueError(f"labels have shape {labels.shape}; give one class per image, [b]")
-    if labels.size:
-        loading.check_range("label", labels, num_classes + 1)
-    return labels.astype(np.int32)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -239,27 +185,22 @@ def _take_apart(batch: masked.Batch, mesh: Mesh) -> tuple[Any, Any]:
     split = functools.partial(
         jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh)
     )
-    rows = (split(batch.tokens), split(batch.condition), batch.rngs, batch.plan.counts)
+    conditions = split((batch.condition, batch.null_condition))
+    rows = (split(batch.tokens), conditions, batch.rngs, batch.plan.counts)
     return (dataclasses.replace(batch.plan, counts=None), batch.shared), rows
 
 
 def _put_together(model: TokenModelConfig, common: Any, rows: Any) -> masked.Batch:
-    """Return the batch, or some of its images, with the null condition filled in."""
-    (plan, shared), (tokens, labels, rngs, counts) = common, rows
+    """Return the batch, or some of its images, with the model's null condition if none is given."""
+    (plan, shared), (tokens, (condition, null), rngs, counts) = common, rows
     return masked.Batch(
         tokens=tokens,
-        condition=labels,
-        null_condition=_null_labels(model, labels),
+        condition=condition,
+        null_condition=model.null_condition(condition) if null is None else null,
         rngs=rngs,
         plan=dataclasses.replace(plan, counts=counts),
         shared=shared,
     )
-
-
-def _null_labels(model: TokenModelConfig, labels: jax.Array) -> jax.Array:
-    if labels.ndim == 2:
-        return jnp.zeros_like(labels).at[:, -1].set(1)
-    return jnp.full_like(labels, model.null_label)
 
 
 def _decode_pixels(
@@ -303,7 +244,7 @@ def make_image_fn(
         batch = masked.Batch(
             tokens=jnp.full((labels.shape[0], gh * gw), model.mask_token_id, jnp.int32),
             condition=labels,
-            null_condition=_null_labels(model, labels),
+            null_condition=model.null_condition(labels),
             rngs=rngs,
             plan=sampler.plan(unknown, gh * gw),
         )
@@ -324,7 +265,7 @@ def make_image_fn(
 def generate(
     model: TokenModelConfig,
     params: Any,
-    labels: Labels,
+    condition: Any,
     sampler: SamplerConfig,
     *,
     tokenizer: Tokenizer | None = None,
@@ -332,13 +273,14 @@ def generate(
     batch_size: int = 64,
     mesh: Mesh | None = None,
     start: Int[np.ndarray, "b gh gw"] | None = None,
+    null_condition: Any = None,
     grid_size: tuple[int, int] | None = None,
     first_index: int = 0,
     callback: Callback | None = None,
     return_trace: bool = False,
     batch_invariant: bool = False,
 ) -> Generation:
-    """Generate one image per label, or one grid of codes.
+    """Generate one image per condition, or one grid of codes.
 
     Image i draws its randomness from `fold_in(seed, i)`, so in float32 on CPU the codes depend on
     the batch size or the number of devices only where rounding decides between nearly equal ones;
@@ -348,7 +290,8 @@ def generate(
     Args:
         model: architecture.
         params: its parameters.
-        labels: classes 0…C-1 (C means "no condition"), or float mixtures [b, C+1].
+        condition: classes 0…C-1 (C means "no condition"), or float mixtures [b, C+1]; of a text
+            model a `Caption`.
         sampler: settings of the decoder.
         tokenizer: turns the codes into images, in the same program; codes only if `None`.
         seed: seed of all images.
@@ -356,6 +299,8 @@ def generate(
             data axes; fewer images are padded likewise.
         mesh: devices to use; all of them if `None`.
         start: codes to keep and, where to generate, the mask token; nothing is known if `None`.
+        null_condition: what guidance leads away from, in the shape of `condition` (a negative
+            prompt); the model's "no condition" if `None`.
         grid_size: (gh, gw); that of `start`, else the configured one, if `None`.
         first_index: number i of the first image, where this is part of a longer list.
         callback: called after every step of every batch, which then runs step by step.
@@ -364,26 +309,34 @@ def generate(
             then how many go to the devices at a time.
 
     Raises:
-        ValueError: if a label, the seed or `first_index` is out of range, the batch size is not
-            positive, `start` does not fit the labels or the model, parameters are split over
+        ValueError: if a condition, the seed or `first_index` is out of range, the batch size is not
+            positive, `start` does not fit the conditions or the model, parameters are split over
             devices where `batch_invariant` needs them whole, or the model or the tokenizer gave no
             finite numbers.
         MemoryError: if the device's memory does not suffice, and the remedy is known.
     """
-    labels = check_labels(labels, model.num_classes)
+    condition = model.check_condition(condition)
+    total = len(jax.tree.leaves(condition)[0])
+    if null_condition is not None:
+        null_condition = model.check_condition(null_condition)
+        shapes = [[x.shape for x in jax.tree.leaves(c)] for c in (condition, null_condition)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"null_condition has shapes {shapes[1]}; the condition has {shapes[0]}"
+            )
     check_batch_size(batch_size)
     masked.check_seed(seed)
     whole = isinstance(first_index, int | np.integer)
-    if not (whole and 0 <= first_index <= MAX_IMAGES - len(labels)):
+    if not (whole and 0 <= first_index <= MAX_IMAGES - total):
         raise ValueError(
             f"first_index {first_index} is out of range; allowed: 0 to "
-            f"{MAX_IMAGES - len(labels)}, for {len(labels)} images"
+            f"{MAX_IMAGES - total}, for {total} images"
         )
     gh, gw = grid_size or (model.grid_size if start is None else start.shape[1:])
-    start = _check_start(model, start, len(labels), (gh, gw))
+    start = _check_start(model, start, total, (gh, gw))
     mesh = mesh or sharding.make_mesh({"data": -1})
     shards = sharding.batch_shards(mesh)
-    size = padded_size(min(batch_size, max(len(labels), 1)), shards)
+    size = padded_size(min(batch_size, max(total, 1)), shards)
     decoding = _Decoding(
         model=model,
         params=place(params, mesh),
@@ -399,19 +352,19 @@ def generate(
         for given in (decoding.params, decoding.tokenizer_params):
             sharding.check_whole("batch_invariant", given, mesh)
     parts = []
-    for first in range(0, len(labels), size):
-        count = min(size, len(labels) - first)
-        tokens, condition = (
-            np.pad(x[first : first + count], [(0, size - count)] + [(0, 0)] * (x.ndim - 1), "edge")
-            for x in (start, labels)
+    for first in range(0, total, size):
+        count = min(size, total - first)
+        tokens, some, nothing = jax.tree.map(
+            functools.partial(_take_rows, first=first, count=count, size=size),
+            (start, condition, null_condition),
         )
         batch = masked.Batch(
             tokens=tokens,
-            condition=condition,
-            null_condition=None,
+            condition=some,
+            null_condition=nothing,
             rngs=masked.image_keys(seed, first_index + np.arange(first, first + size)),
             plan=sampler.plan(np.sum(tokens == model.mask_token_id, axis=1), gh * gw),
-            shared=None if batch_invariant else find_shared(tokens, condition, shards),
+            shared=None if batch_invariant else find_shared(tokens, (some, nothing), shards),
         )
         parts.append(decoding.run(batch, count, first_index + first, callback))
     if not parts:
@@ -528,7 +481,7 @@ class _Decoding:
         return self.tokenizer.config
 
     def empty(self) -> Generation:
-        """Return what no labels become."""
+        """Return what no conditions become."""
         tokens, trace, images = np.zeros((0, *self.grid_size), np.int32), None, None
         if self.return_trace:
             trace = np.zeros((self.sampler.num_steps, *tokens.shape), np.int32)
@@ -537,12 +490,17 @@ class _Decoding:
         return Generation(images=images, tokens=tokens, trace=trace)
 
 
-def find_shared(tokens: np.ndarray, condition: np.ndarray, shards: int) -> prediction.Shared | None:
+def _take_rows(x: np.ndarray, *, first: int, count: int, size: int) -> np.ndarray:
+    """Return `count` rows, the last of them repeated until there are `size`."""
+    return np.pad(x[first : first + count], [(0, size - count)] + [(0, 0)] * (x.ndim - 1), "edge")
+
+
+def find_shared(tokens: np.ndarray, condition: Any, shards: int) -> prediction.Shared | None:
     """Return which images of a batch begin alike, if they are of few enough kinds.
 
     Args:
         tokens: [b l] before the first step.
-        condition: labels or mixtures of every image.
+        condition: of every image.
         shards: over how many devices the batch is split.
 
     Returns:
@@ -552,7 +510,8 @@ def find_shared(tokens: np.ndarray, condition: np.ndarray, shards: int) -> predi
     rows = len(tokens) // _IMAGES_PER_KIND
     if rows == 0 or rows % shards:
         return None
-    keys = [(a.tobytes(), b.tobytes()) for a, b in zip(tokens, np.asarray(condition), strict=True)]
+    parts = [np.asarray(part) for part in (tokens, *jax.tree.leaves(condition))]
+    keys = [tuple(row.tobytes() for row in rows) for rows in zip(*parts, strict=True)]
     kinds = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     if len(kinds) > rows:
         return None
@@ -564,7 +523,7 @@ def find_shared(tokens: np.ndarray, condition: np.ndarray, shards: int) -> predi
 
 
 def generate_tokens(*args: Any, **options: Any) -> Int[np.ndarray, "b gh gw"]:
-    """Generate one grid of codes per label; the arguments are those of `generate`."""
+    """Generate one grid of codes per condition; the arguments are those of `generate`."""
     return generate(*args, **options, tokenizer=None).tokens
 
 
@@ -576,7 +535,7 @@ def _check_start(
     start = np.asarray(start)
     if start.shape != (count, *grid_size):
         raise ValueError(
-            f"start has shape {start.shape}; {count} labels on a grid of {grid_size[0]}×"
+            f"start has shape {start.shape}; {count} images on a grid of {grid_size[0]}×"
             f"{grid_size[1]} tokens need {(count, *grid_size)}"
         )
     loading.check_range("token", start, model.codebook_size + 1)

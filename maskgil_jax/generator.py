@@ -27,6 +27,7 @@ from maskgil_jax.generation import (
     place,
 )
 from maskgil_jax.masking import check_choice
+from maskgil_jax.models.conditioning import check_range
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.pictures import grey_out, to_float
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -339,7 +340,7 @@ class ImageGenerator:
         trace, mask = np.asarray(trace), self.model.config.mask_token_id
         if trace.ndim != 4 or not len(trace):
             raise ValueError(f"the trace has shape {trace.shape}; give [t b gh gw], t at least 1")
-        loading.check_range("token", trace, mask + 1)
+        check_range("token", trace, mask + 1)
         last = np.where(trace[-1] == mask, 0, trace[-1])
         whole = np.where(trace == mask, last, trace)
         images = self.decode(whole.reshape(-1, *trace.shape[2:]))

@@ -23,7 +23,8 @@ from maskgil_jax import checkpoints, config, convert, hub, workdir
 from maskgil_jax.build import models as build
 from maskgil_jax.convert.files import open_checkpoint
 from maskgil_jax.evals.inception import Inception, InceptionConfig
-from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.base import TokenModelConfig, count_classes
+from maskgil_jax.models.conditioning import check_range
 from maskgil_jax.tokenizers.base import Tokenizer, update_digest
 from maskgil_jax.tokenizers.tiling import Tiling
 
@@ -42,6 +43,11 @@ class Model:
     params: Any = dataclasses.field(repr=False)
     run: ConfigDict = dataclasses.field(repr=False)
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; a `ValueError` if the model is conditioned on something else."""
+        return count_classes(self.config)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of family, architecture and parameters."""
@@ -53,41 +59,32 @@ class Model:
     def logits(
         self,
         tokens: Integer[Array | np.ndarray, "b gh gw"],
-        labels: Integer[Array | np.ndarray, " b"],
+        condition: Any,
     ) -> Float[Array, "b l v"]:
         """Return float32 logits [b, gh·gw, K+1] of every image token, in raster order.
 
         Args:
             tokens: codes 0…K-1, or K where masked.
-            labels: classes 0…C-1; C means "no condition".
+            condition: classes 0…C-1, where C means "no condition", or mixtures of them; of a text
+                model a `Caption`.
 
         Raises:
             ValueError: if a token or label is out of range, or the shapes do not fit.
         """
-        tokens, labels = np.asarray(tokens), np.asarray(labels)
-        if tokens.ndim != 3 or labels.shape != tokens.shape[:1]:
+        tokens, condition = np.asarray(tokens), self.config.check_condition(condition)
+        count = len(jax.tree.leaves(condition)[0])
+        if tokens.ndim != 3 or count != len(tokens):
             raise ValueError(
-                f"tokens {tokens.shape} and labels {labels.shape} must be [b, gh, gw] and [b]"
+                f"tokens {tokens.shape} must be [b, gh, gw], and there are {count} conditions"
             )
         check_range("token", tokens, self.config.codebook_size + 1)
-        check_range("label", labels, self.config.num_classes + 1)
         module = self.config.make_module()
-        ids = (jnp.asarray(tokens, jnp.int32), jnp.asarray(labels, jnp.int32))
-        return _apply(module, self.params, *ids)
+        return _apply(module, self.params, jnp.asarray(tokens, jnp.int32), condition)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(module, params, tokens, labels):
-    return module.apply({"params": params}, tokens, labels)
-
-
-def check_range(name: str, ids: np.ndarray, count: int) -> None:
-    """Raise a `ValueError` that names the first id outside 0…count-1."""
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}s have type {ids.dtype}; give integers 0 to {count - 1}")
-    wrong = ids[(ids < 0) | (ids >= count)]
-    if wrong.size:
-        raise ValueError(f"{name} {int(wrong.flat[0])} is out of range; allowed: 0 to {count - 1}")
+def _apply(module, params, tokens, condition):
+    return module.apply({"params": params}, tokens, condition)
 
 
 def load_tokenizer(

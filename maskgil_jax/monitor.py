@@ -41,6 +41,7 @@ from maskgil_jax.evaluation.protocols import (
 from maskgil_jax.evaluation.references import Reference, open_reference
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.masking import check_choice
+from maskgil_jax.models.base import count_classes
 from maskgil_jax.tokenizers.base import Tokenizer
 from maskgil_jax.workdir import RUN_CONFIG
 
@@ -114,7 +115,7 @@ class Monitor:
             mesh=self.mesh,
         )
         labels: np.ndarray = draw_labels(
-            self.protocol.labels, self.protocol.num_images, model.num_classes, self.run.seed
+            self.protocol.labels, self.protocol.num_images, count_classes(model), self.run.seed
         )
         images = GeneratedImages(
             generator,

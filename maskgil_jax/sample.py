@@ -34,6 +34,7 @@ from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
 from maskgil_jax.generation import padded_size
 from maskgil_jax.generator import ImageGenerator
+from maskgil_jax.models import conditioning
 from maskgil_jax.photo_edit import Edit, read_edit
 
 MAX_ROW = 8
@@ -162,11 +163,11 @@ def sample(
     )
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
-    classes = np.arange(model.config.num_classes) if labels is None else np.asarray(labels)
+    classes = np.arange(model.num_classes) if labels is None else np.asarray(labels)
     if not len(classes) or num_per_class < 1:
         raise ValueError("there are no labels; give one or more, and --num_per_class of at least 1")
     # No training data has the label for "no condition".
-    loading.check_range("label", classes, model.config.num_classes + (not records))
+    conditioning.check_range("label", classes, model.num_classes + (not records))
     image_labels = np.repeat(classes.astype(np.int32), num_per_class)
     began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
     chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
@@ -251,7 +252,7 @@ def describe_records(
         ),
         source=f"samples of {model.config.family} {model.fingerprint[:12]}, settings {digest[:12]}",
         source_records=count,
-        num_classes=model.config.num_classes,
+        num_classes=model.num_classes,
         has_captions=False,
         image_size=tuple(settings["size"]),
         crops=("whole",),

@@ -8,6 +8,7 @@ import tiny
 
 import maskgil_jax
 from maskgil_jax import generation, pictures
+from maskgil_jax.models import conditioning
 
 quick = pytest.mark.usefixtures("quick_compilation")
 FAMILIES = ("maskgil", "bidirectional-transformer")
@@ -316,12 +317,12 @@ def test_mixtures_lie_between_two_classes():
 )
 def test_wrong_mixtures_are_refused(mixture):
     with pytest.raises(ValueError, match=r"give \[b, 3\].* rows that sum to 1"):
-        generation.check_labels(np.array(mixture), 2)
+        conditioning.check_labels(np.array(mixture), 2)
 
 
 def test_a_mixture_has_no_negative_weight():
     with pytest.raises(ValueError, match="has the weight -0.5; weights are 0 or more"):
-        generation.check_labels(np.array([[0.5, 0.5, 0.0], [1.5, -0.5, 0.0]]), 2)
+        conditioning.check_labels(np.array([[0.5, 0.5, 0.0], [1.5, -0.5, 0.0]]), 2)
 
 
 @quick

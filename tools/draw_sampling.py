@@ -18,8 +18,8 @@ import numpy as np
 
 from maskgil_jax import pictures
 from maskgil_jax.data.digits import NUM_CLASSES, digits_arrays
-from maskgil_jax.generation import mix_labels
 from maskgil_jax.generator import Generation, ImageGenerator
+from maskgil_jax.models.conditioning import mix_labels
 from maskgil_jax.tokenizers.tiling import Tiling
 
 SEED = 4
@@ -39,9 +39,9 @@ class Studio:
     """A generator of digits, what it has made already, and real digits to edit."""
 
     def __init__(self, generator: ImageGenerator):
-        if generator.model.config.num_classes != NUM_CLASSES:
+        if generator.model.num_classes != NUM_CLASSES:
             raise ValueError(
-                f"the model has {generator.model.config.num_classes} classes; give a run of digits"
+                f"the model has {generator.model.num_classes} classes; give a run of digits"
             )
         self.generator = generator
         images, labels = digits_arrays("test")

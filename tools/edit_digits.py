@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(arguments.seed)
     chosen = rng.choice(len(digits), arguments.num_trials, replace=False)
     originals, classes = np.asarray(digits)[chosen], np.asarray(classes)[chosen]
-    num_classes = generator.model.config.num_classes
+    num_classes = generator.model.num_classes
     asked = (classes + rng.integers(1, num_classes, len(classes))) % num_classes
     masks = np.zeros(originals.shape[:3], bool)
     top, left, bottom, right = arguments.box

@@ -33,6 +33,7 @@ from load_exported import FORMAT, HEADER, NPY, PROGRAM, VERSION, WEIGHTS
 import maskgil_jax
 from maskgil_jax import ImageGenerator, cli, generation, masking
 from maskgil_jax.decoding import masked
+from maskgil_jax.models.base import count_classes
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -205,7 +206,7 @@ def export_model(
         "image_size": [side * spec.downsample_factor for side in grid_size],
         "image_channels": spec.image_channels,
         "grid_size": list(grid_size),
-        "num_classes": model.num_classes,
+        "num_classes": count_classes(model),
         "batch_size": batch_size,
         "sampler": dataclasses.asdict(config),
         "model": {"family": model.family, **model.to_dict()},

@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
     generator = maskgil_jax.ImageGenerator.from_checkpoint(arguments.workdir, batch_size=256)
     train, heldout = digits_arrays("train"), digits_arrays("test")
-    labels = np.arange(arguments.num_samples) % generator.model.config.num_classes
+    labels = np.arange(arguments.num_samples) % generator.model.num_classes
     names = [next(iter(changes[0])) for changes in sweeps]
     print(f"| sampler | {' | '.join([*names, *COLUMNS])} |")
     print("|" + "---|" * (1 + len(names) + len(COLUMNS)), flush=True)

@@ -16,6 +16,7 @@ from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
@@ -27,7 +28,8 @@ TOKENIZERS: dict[str, type[TokenizerConfig]] = {
     for config in (LlamaGenVQConfig, MaskGITVQConfig, ChameleonVQConfig, OpenMAGVIT2Config)
 }
 MODELS: dict[str, type[TokenModelConfig]] = {
-    config.family: config for config in (MaskGILConfig, BidirectionalTransformerConfig)
+    config.family: config
+    for config in (MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig)
 }
 ASSET = "asset:"
 
@@ -187,14 +189,14 @@ def check_fit(config: ConfigDict, spec: TokenizerSpec, num_classes: int | None) 
 
 
 def training_apply(config: TokenModelConfig) -> Callable[..., Any]:
-    """Return `(params, tokens, labels, dropout_rng) → (logits, output_norm)` with dropout on."""
+    """Return `(params, tokens, condition, dropout_rng) → (logits, output_norm)` with dropout on."""
     module = config.make_module()
 
-    def apply(params, tokens, labels, dropout_rng):
+    def apply(params, tokens, condition, dropout_rng):
         logits, variables = module.apply(
             {"params": params},
             tokens,
-            labels,
+            condition,
             train=True,
             rngs={"dropout": dropout_rng},
             mutable=["intermediates"],
@@ -211,8 +213,8 @@ def make_predictor(
     module, variables = config.make_module(), {"params": params}
     gh, gw = grid_size or config.grid_size
 
-    def features(tokens, labels):
-        return module.apply(variables, tokens.reshape(-1, gh, gw), labels, method="features")
+    def features(tokens, condition):
+        return module.apply(variables, tokens.reshape(-1, gh, gw), condition, method="features")
 
     def head(features, positions):
         return module.apply(variables, features, positions, method="logits")
@@ -225,7 +227,7 @@ def init_model(config: TokenModelConfig) -> Callable[[Any], Any]:
     gh, gw = config.grid_size
 
     def init(rng):
-        tokens, labels = jnp.zeros((1, gh, gw), jnp.int32), jnp.zeros((1,), jnp.int32)
-        return config.make_module().init(rng, tokens, labels)["params"]
+        tokens = jnp.zeros((1, gh, gw), jnp.int32)
+        return config.make_module().init(rng, tokens, config.example_condition())["params"]
 
     return init

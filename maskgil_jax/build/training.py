@@ -33,7 +33,6 @@ def loss_config(config: ConfigDict) -> steps.MaskedLossConfig:
     training = config.training
     return steps.MaskedLossConfig(
         mask_token_id=config.model.codebook_size,
-        null_label=config.model.num_classes,
         loss_tokens=training.loss_tokens,
         label_smoothing=training.label_smoothing,
         condition_dropout=training.condition_dropout,
@@ -136,7 +135,8 @@ def make_maskgil_task(config: ConfigDict, mesh: Mesh) -> tasks.Task:
         return masked_loss(params, batch, rng)
 
     def prepare(batch, rng):
-        return steps.corrupt_batch(batch, rng, loss)
+        condition = model.read_condition(batch)
+        return steps.corrupt_batch(batch["tokens"], condition, rng, loss, model.drop_condition)
 
     init = models.init_model(model)
     return tasks.make_task(config, mesh, init, loss_fn, prepare, steps.MASKED_METRICS, {})

@@ -32,6 +32,7 @@ _MODULES = {
     "inception-fid": "inception_fid",
     "maskgil": "maskgil",
     "maskgil-released": "maskgil_released",
+    "maskgil-text": "maskgil_text",
     "bidirectional-transformer": "bidirectional_transformer",
 }
 FAMILIES = tuple(_MODULES)

@@ -1,26 +1,34 @@
-"""What the class-conditional models of masked image tokens have in common: their contract.
+"""What the models of masked image tokens have in common: their contract.
 
-A model's module is called with `(tokens [b gh gw], labels [b], train=False)` and returns float32
+A model's module is called with `(tokens [b gh gw], condition, train=False)` and returns float32
 logits [b, gh·gw, K+1]. The decoder calls its two parts: the method `features`, with the same
 arguments, gives [b, gh·gw, e], and `logits` maps some of them and their raster positions [b, n] to
 [b, n, K+1]. In training it sows the size of its residual stream as
 `transformer/output_norm` in the collection `intermediates`.
+
+What a condition is, class labels or captions, its configuration knows: a pytree with the batch in
+front, one value of which means "no condition".
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Bool
+
+from maskgil_jax.models.conditioning import check_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenModelConfig:
-    """Vocabulary and grid of a class-conditional model, and the contract of every family.
+class TokenModelConfig(abc.ABC):
+    """Vocabulary and grid of a model, and the contract of every family.
 
     Attributes:
         codebook_size: number of image codes K; K itself is the mask token.
-        num_classes: number of classes C; label C means "no condition".
         grid_size: (gh, gw), tokens per column and per row.
         head_alignment: the head is computed on its rows padded to a multiple of this number (the
             padding is neither stored nor returned); 1 switches it off.
@@ -29,13 +37,12 @@ class TokenModelConfig:
     family: ClassVar[str]
 
     codebook_size: int
-    num_classes: int
     grid_size: tuple[int, int]
     head_alignment: int = 128
 
     def __post_init__(self):
         object.__setattr__(self, "grid_size", tuple(self.grid_size))
-        for name in ("codebook_size", "num_classes", "head_alignment"):
+        for name in ("codebook_size", "head_alignment"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
@@ -45,11 +52,6 @@ class TokenModelConfig:
     def mask_token_id(self) -> int:
         """Id of the mask token."""
         return self.codebook_size
-
-    @property
-    def null_label(self) -> int:
-        """Label that means "no condition"."""
-        return self.num_classes
 
     @property
     def seq_len(self) -> int:
@@ -86,6 +88,87 @@ class TokenModelConfig:
             )
         return cls(**{**fields, "grid_size": tuple(fields["grid_size"])})
 
+    @abc.abstractmethod
     def make_module(self) -> nn.Module:
         """Return the Flax module."""
-        raise NotImplementedError(f"{type(self).__name__} has no module")
+
+    @abc.abstractmethod
+    def check_condition(self, condition: Any) -> Any:
+        """Return a condition as NumPy arrays, the batch in front.
+
+        Raises:
+            ValueError: if it is none of this model's.
+        """
+
+    @abc.abstractmethod
+    def read_condition(self, batch: Mapping[str, Any]) -> Any:
+        """Return the condition of a batch of records, as datasets name its fields."""
+
+    @abc.abstractmethod
+    def null_condition(self, condition: Any) -> Any:
+        """Return "no condition" for as many images, in the shapes of the one given."""
+
+    @abc.abstractmethod
+    def drop_condition(self, condition: Any, dropped: Bool[Array, " b"]) -> Any:
+        """Return the condition with "no condition" for the images that are marked."""
+
+    @abc.abstractmethod
+    def example_condition(self) -> Any:
+        """Return a condition of one image, for shapes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassModelConfig(TokenModelConfig):
+    """Vocabulary and grid of a class-conditional model; its conditions are labels.
+
+    Attributes:
+        num_classes: number of classes C; label C means "no condition".
+    """
+
+    num_classes: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes {self.num_classes} must be at least 1")
+
+    @property
+    def null_label(self) -> int:
+        """Label that means "no condition"."""
+        return self.num_classes
+
+    def check_condition(self, condition: Any) -> np.ndarray:
+        """Return labels as int32 [b] or, if they are mixtures, float32 [b, C+1]; see the base."""
+        return check_labels(condition, self.num_classes)
+
+    def read_condition(self, batch: Mapping[str, Any]) -> Any:
+        """Return the labels; see the base."""
+        return batch["label"]
+
+    def null_condition(self, condition: Any) -> Any:
+        """Return the null label, or the mixture that is it alone, for every image; see the base."""
+        if condition.ndim == 2:
+            return jnp.zeros_like(condition).at[:, -1].set(1)
+        return jnp.full_like(condition, self.null_label)
+
+    def drop_condition(self, condition: Any, dropped: Bool[Array, " b"]) -> Any:
+        """Return the labels with the null label where marked; see the base."""
+        return jnp.where(dropped, self.null_label, condition)
+
+    def example_condition(self) -> Any:
+        """Return one label."""
+        return jnp.zeros((1,), jnp.int32)
+
+
+def count_classes(model: TokenModelConfig) -> int:
+    """Return the number of classes of a class-conditional model.
+
+    Raises:
+        ValueError: if it is conditioned on something else.
+    """
+    if not isinstance(model, ClassModelConfig):
+        raise ValueError(
+            f"a model of family {model.family!r} has no classes: it is conditioned on captions; "
+            "give prompts, or a class-conditional model"
+        )
+    return model.num_classes

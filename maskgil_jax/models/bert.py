@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.base import ClassModelConfig
 from maskgil_jax.models.conditioning import Labels, embed_labels
 from maskgil_jax.models.transformer import Projection, StackConfig, scan_blocks, weight_init
 
@@ -27,7 +27,7 @@ OUTER_EPS = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BidirectionalTransformerConfig(TokenModelConfig, StackConfig):
+class BidirectionalTransformerConfig(ClassModelConfig, StackConfig):
     """Shape and options of a class-conditional Bidirectional Transformer.
 
     Dropout acts on attention weights, inside and behind the MLPs, and behind the norms outside the
@@ -38,7 +38,7 @@ class BidirectionalTransformerConfig(TokenModelConfig, StackConfig):
 
     def __post_init__(self):
         StackConfig.__post_init__(self)
-        TokenModelConfig.__post_init__(self)
+        ClassModelConfig.__post_init__(self)
 
     @property
     def table_size(self) -> int:

@@ -9,7 +9,7 @@ in `maskgil_jax.config.preset`.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
-from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.base import ClassModelConfig
 from maskgil_jax.models.conditioning import Embedding, Labels
 from maskgil_jax.models.transformer import Transformer, TransformerConfig, check_choices
 
@@ -30,7 +30,7 @@ _CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskGILConfig(TokenModelConfig, TransformerConfig):
+class MaskGILConfig(ClassModelConfig, TransformerConfig):
     """Shape and options of a class-conditional MaskGIL.
 
     Attributes:
@@ -59,7 +59,7 @@ class MaskGILConfig(TokenModelConfig, TransformerConfig):
 
     def __post_init__(self):
         TransformerConfig.__post_init__(self)
-        TokenModelConfig.__post_init__(self)
+        ClassModelConfig.__post_init__(self)
         check_choices(self, _CHOICES)
         if not self.rope_base > 0:
             raise ValueError(f"rope_base {self.rope_base} must be more than 0")
@@ -111,7 +111,7 @@ class MaskGILConfig(TokenModelConfig, TransformerConfig):
 class Head(nn.Module):
     """The output layer, `features → logits` in float32; zero at initialisation."""
 
-    config: MaskGILConfig
+    config: Any  # of a family that is both a `TokenModelConfig` and a `TransformerConfig`
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l e"]) -> Float[Array, "b l v"]:
@@ -140,7 +140,7 @@ class MaskGIL(nn.Module):
             self.token_embed = Embedding(cfg.codebook_size + 1, cfg.width)
             self.label_embed = Embedding(cfg.num_classes + 1, cfg.width)
         self.dropout = nn.Dropout(cfg.embedding_dropout)
-        self.transformer = Transformer(_stack_config(cfg))
+        self.transformer = Transformer(stack_config(cfg))
         self.head = Head(cfg)
 
     def __call__(
@@ -176,7 +176,7 @@ class MaskGIL(nn.Module):
         x = jnp.concatenate([condition, image] if first else [image, condition], axis=1)
         x = self.dropout(x, deterministic=not train)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        x = self.transformer(x, cfg.rope_table((gh, gw)), None, train)
+        x = self.transformer(x, cfg.rope_table((gh, gw)), train=train)
         return x[:, 1:] if first else x[:, :-1]
 
     def logits(
@@ -186,6 +186,7 @@ class MaskGIL(nn.Module):
         return self.head(features)
 
 
-def _stack_config(config: MaskGILConfig) -> TransformerConfig:
+def stack_config(config: TransformerConfig) -> TransformerConfig:
+    """Return the part of a model's configuration that is its stack's."""
     names = [f.name for f in dataclasses.fields(TransformerConfig)]
     return TransformerConfig(**{name: getattr(config, name) for name in names})

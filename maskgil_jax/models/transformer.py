@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from maskgil_jax.models.rope import apply_rope
 
@@ -166,8 +166,9 @@ class Attention(nn.Module):
         x: Float[Array, "b l e"],
         rope: Float[Array | np.ndarray, "l d2 2"],
         mask: Bool[Array, "#b l l"] | None,
+        lengths: Int[Array, " b"] | None,
     ) -> Float[Array, "b l e"]:
-        """Attend; `mask` is true where a query may look at a key, `None` where it always may."""
+        """Attend; see `Transformer` for `mask` and `lengths`."""
         cfg = self.config
         e, h, d, dtype = cfg.width, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
         axes = ("embed", None, "heads", "head_dim")
@@ -183,6 +184,7 @@ class Attention(nn.Module):
             k,
             v,
             mask=None if mask is None else mask[:, None],
+            key_value_seq_lengths=lengths,
             implementation=implementation,
         )
         return Projection((h, d), (e,), ("heads", "head_dim", "embed"), dtype, name="out")(y)
@@ -209,7 +211,7 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x, rope, mask):
+    def __call__(self, x, rope, mask, lengths):
         """Return `(x, None)`, the carry and the empty output of a scan step."""
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
@@ -222,7 +224,12 @@ class Block(nn.Module):
             return x + drop(y)
 
         attention = Attention(cfg, name="attention")
-        x = branch(x, "attention_norm", "attention_post_norm", lambda y: attention(y, rope, mask))
+        x = branch(
+            x,
+            "attention_norm",
+            "attention_post_norm",
+            lambda y: attention(y, rope, mask, lengths),
+        )
         x = branch(x, "mlp_norm", "mlp_post_norm", SwiGLU(cfg, name="mlp"))
         return x, None
 
@@ -263,6 +270,7 @@ class Transformer(nn.Module):
         rope: Float[Array | np.ndarray, "l d2 2"],
         mask: Bool[Array, "#b l l"] | None = None,
         train: bool = False,
+        lengths: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b l e"]:
         """Return the normalised output of the last layer.
 
@@ -275,12 +283,14 @@ class Transformer(nn.Module):
             rope: rotary table, cos and sin, one row a position.
             mask: true where query l may look at key s; `None` lets every position see all.
             train: whether dropout is on (needs an rng named `dropout`).
+            lengths: of the sequence of each image; nothing looks at what lies behind. `None` where
+                all of it counts.
 
         Reference: MaskGIL Figure 4.
         """
         cfg = self.config
         x = x.astype(jnp.dtype(cfg.dtype))
-        x, _ = scan_blocks(Block, cfg)(cfg, train, name="layers")(x, rope, mask)
+        x, _ = scan_blocks(Block, cfg)(cfg, train, name="layers")(x, rope, mask, lengths)
         self.sow("intermediates", "output_norm", jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))
         return make_norm("rms", cfg, "final_norm")(x).astype(x.dtype)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from maskgil_jax import masking
 from maskgil_jax.training.losses import smoothed_cross_entropy
@@ -45,16 +45,14 @@ class MaskedLossConfig:
 
     Attributes:
         mask_token_id: id of the mask token.
-        null_label: label that means "no condition".
         loss_tokens: `masked` (the paper) or `all` (its released trainer).
         label_smoothing: ε in [0, 1).
-        condition_dropout: share of examples whose label is replaced by the null label, in [0, 1].
+        condition_dropout: share of examples that are shown without their condition, in [0, 1].
         mask_schedule: curve of the masked share, one of `masking.SCHEDULES`.
         mask_draw: one of `masking.DRAWS`.
     """
 
     mask_token_id: int
-    null_label: int
     loss_tokens: str = "masked"
     label_smoothing: float = 0.1
     condition_dropout: float = 0.1
@@ -97,30 +95,35 @@ PrepareFn = Callable[[Any, PRNGKeyArray], Any]
 
 
 def corrupt_batch(
-    batch: Mapping[str, Array], rng: PRNGKeyArray, config: MaskedLossConfig
-) -> dict[str, Array]:
+    tokens: Int[Array, "b gh gw"],
+    condition: Any,
+    rng: PRNGKeyArray,
+    config: MaskedLossConfig,
+    drop_condition: Callable[[Any, Any], Any],
+) -> dict[str, Any]:
     """Mask tokens and drop conditions.
 
     Args:
-        batch: `tokens` int32 [b, gh, gw] and `label` int32 [b].
+        tokens: codes.
+        condition: pytree with the batch in front.
         rng: key of this step.
         config: rates and schedule.
+        drop_condition: `(condition, dropped [b]) → condition`, with "no condition" where dropped.
 
     Returns:
-        `inputs` (masked tokens), `targets`, `mask` and `label`, with the null label where dropped.
+        `inputs` (masked tokens), `targets`, `mask` and `condition`.
     """
-    tokens, labels = batch["tokens"], batch["label"]
     mask_rng, drop_rng = jax.random.split(rng)
     b, gh, gw = tokens.shape
     mask = masking.draw_mask(
         mask_rng, b, gh * gw, schedule=config.mask_schedule, draw=config.mask_draw
     ).reshape(tokens.shape)
-    dropped = jax.random.uniform(drop_rng, labels.shape) < config.condition_dropout
+    dropped = jax.random.uniform(drop_rng, (b,)) < config.condition_dropout
     return {
         "inputs": jnp.where(mask, config.mask_token_id, tokens),
         "targets": tokens,
         "mask": mask,
-        "label": jnp.where(dropped, config.null_label, labels),
+        "condition": drop_condition(condition, dropped),
     }
 
 
@@ -128,12 +131,12 @@ def make_masked_loss(apply_fn: Callable[..., Any], config: MaskedLossConfig) -> 
     """Return the loss of a masked-token model on a corrupted batch.
 
     Args:
-        apply_fn: `(params, tokens, labels, dropout_rng) → (logits [b, l, v], output_norm)`.
+        apply_fn: `(params, tokens, condition, dropout_rng) → (logits [b, l, v], output_norm)`.
         config: what is predicted.
     """
 
     def loss_fn(params, batch, rng):
-        logits, output_norm = apply_fn(params, batch["inputs"], batch["label"], rng)
+        logits, output_norm = apply_fn(params, batch["inputs"], batch["condition"], rng)
         b = batch["targets"].shape[0]
         targets, mask = batch["targets"].reshape(b, -1), batch["mask"].reshape(b, -1)
         losses = smoothed_cross_entropy(logits, targets, config.label_smoothing)

@@ -113,9 +113,9 @@ def test_peer_takes_our_training_step():
     inputs = np.where(mask, config.mask_token_id, tokens)
     loss_fn = steps.make_masked_loss(
         build.training_apply(config),
-        steps.MaskedLossConfig(mask_token_id=config.mask_token_id, null_label=config.null_label),
+        steps.MaskedLossConfig(mask_token_id=config.mask_token_id),
     )
-    batch = {"inputs": inputs, "targets": tokens, "mask": mask, "label": labels}
+    batch = {"inputs": inputs, "targets": tokens, "mask": mask, "condition": labels}
     grads, metrics = steps.accumulate(
         loss_fn, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0), 1
     )

@@ -11,7 +11,7 @@ from maskgil_jax.models.maskgil import MaskGIL
 from maskgil_jax.training import steps
 
 CONFIG = references.tiny_config(num_layers=1)
-LOSS = dict(mask_token_id=CONFIG.mask_token_id, null_label=CONFIG.null_label)
+LOSS = dict(mask_token_id=CONFIG.mask_token_id)
 
 
 def apply_model(params, tokens, labels, dropout_rng):
@@ -29,7 +29,13 @@ def random_batch(size=8, seed=0):
 
 def prepared(mask_draw="exact", size=8):
     config = steps.MaskedLossConfig(**LOSS, mask_draw=mask_draw, mask_schedule="root")
-    return steps.corrupt_batch(random_batch(size), jax.random.key(0), config)
+    return corrupt(random_batch(size), 0, config)
+
+
+def corrupt(batch, seed, config):
+    return steps.corrupt_batch(
+        batch["tokens"], batch["label"], jax.random.key(seed), config, CONFIG.drop_condition
+    )
 
 
 @functools.cache
@@ -53,7 +59,7 @@ def test_only_masked_tokens_are_hidden_and_targets_are_whole():
 def test_conditions_are_dropped_at_their_rate(share):
     config = steps.MaskedLossConfig(**LOSS, condition_dropout=share)
     batch = random_batch(2000)
-    labels = np.asarray(steps.corrupt_batch(batch, jax.random.key(1), config)["label"])
+    labels = np.asarray(corrupt(batch, 1, config)["condition"])
     dropped = labels == CONFIG.null_label
     assert dropped.mean() == pytest.approx(share, abs=0.03)
     np.testing.assert_array_equal(labels[~dropped], batch["label"][~dropped])
@@ -64,7 +70,7 @@ def test_the_loss_averages_over_the_tokens_it_names(loss_tokens):
     config = steps.MaskedLossConfig(**LOSS, loss_tokens=loss_tokens, label_smoothing=0.2)
     params, batch = references.random_params(CONFIG), prepared()
     _, metrics = accumulate(config, 1)(params, batch, jax.random.key(0))
-    logits = references.forward(CONFIG, params, np.asarray(batch["inputs"]), batch["label"])
+    logits = references.forward(CONFIG, params, np.asarray(batch["inputs"]), batch["condition"])
     targets, mask = (np.asarray(batch[name]).reshape(8, -1) for name in ("targets", "mask"))
     losses = references.cross_entropy(logits, targets, 0.2)
     chosen = mask if loss_tokens == "masked" else np.ones_like(mask)
