@@ -71,8 +71,11 @@ def default() -> ConfigDict:
     config.preset = "recommended"  # which preset the config started from (for the record)
     config.seed = 0  # seed of parameters, data order, masks and dropout
 
-    model = config.model = ConfigDict()  # see MaskGILConfig, BidirectionalTransformerConfig
-    model.family = "maskgil"  # maskgil (the Bidirectional LLaMA) | bidirectional-transformer
+    # See MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig.
+    model = config.model = ConfigDict()
+    # maskgil (the Bidirectional LLaMA, of classes) | maskgil-text (the same, of captions) |
+    # bidirectional-transformer
+    model.family = "maskgil"
     model.num_layers = 12
     model.width = 768
     model.num_heads = 12
@@ -96,6 +99,13 @@ def default() -> ConfigDict:
     model.scan_unroll = 1  # layers per iteration of the scan
     model.attention = "xla"  # xla | cudnn (GPU, bfloat16)
     model.head_alignment = 128  # head rows are padded to a multiple while computing
+    model.text = "features"  # captions: features of text.encoder | bytes, read by the model itself
+    model.text_width = 2048  # channels of a feature, or of a byte
+    model.text_length = 120  # features, or bytes, that a caption may have
+    model.byte_layers = 2  # blocks of the encoder of bytes
+    model.byte_heads = 4
+    model.byte_patch = 4  # bytes that make one prefilling token
+    model.null_length = 1  # tokens of the learned null caption
 
     tokenizer = config.tokenizer = ConfigDict()
     # Model directory, here or hf://owner/repo[/folder][@revision], or run directory of a tokenizer;

@@ -29,7 +29,9 @@ from maskgil_jax.generation import (
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.conditioning import check_range
 from maskgil_jax.models.maskgil import MaskGILConfig
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.pictures import grey_out, to_float
+from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 
 
@@ -55,6 +57,7 @@ class ImageGenerator:
         model: loading.Model,
         tokenizer: Tokenizer,
         *,
+        text_encoder: TextEncoder | None = None,
         batch_size: int = 64,
         mesh: Mesh | None = None,
         batch_invariant: bool = False,
@@ -64,6 +67,7 @@ class ImageGenerator:
         Args:
             model: the model.
             tokenizer: the tokenizer.
+            text_encoder: what turns prompts into features, of a model that was trained with them.
             batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
             batch_invariant: whether every image is computed alone, so that in float32 on a CPU it
@@ -71,8 +75,9 @@ class ImageGenerator:
                 devices.
 
         Raises:
-            ValueError: if the tokenizer has another number of codes, `batch_size` is below 1, or
-                parameters are split over devices where `batch_invariant` needs them whole.
+            ValueError: if the tokenizer has another number of codes, the text encoder does not go
+                with the model, `batch_size` is below 1, or parameters are split over devices where
+                `batch_invariant` needs them whole.
         """
         if model.config.codebook_size != tokenizer.spec.codebook_size:
             raise ValueError(
@@ -80,7 +85,9 @@ class ImageGenerator:
                 f"{tokenizer.spec.codebook_size}; use the tokenizer that the model was trained on"
             )
         check_batch_size(batch_size)
-        self.model, self.tokenizer = model, tokenizer
+        if text_encoder is not None:
+            build.check_text_encoder(model.config, text_encoder)
+        self.model, self.tokenizer, self.text_encoder = model, tokenizer, text_encoder
         self.batch_size, self.batch_invariant = batch_size, batch_invariant
         self.mesh = mesh or sharding.make_mesh({"data": -1})
         self._params = place(model.params, self.mesh)
@@ -133,18 +140,20 @@ class ImageGenerator:
 
     @overload
     def __call__(
-        self, labels: Labels, *, return_trace: Literal[False] = False, **options: Any
+        self, labels: Labels | None = None, *, return_trace: Literal[False] = False, **options: Any
     ) -> UInt8[np.ndarray, "b H W c"]: ...
 
     @overload
     def __call__(
-        self, labels: Labels, *, return_trace: Literal[True], **options: Any
+        self, labels: Labels | None = None, *, return_trace: Literal[True], **options: Any
     ) -> Generation: ...
 
     def __call__(
         self,
-        labels: Labels,
+        labels: Labels | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
@@ -153,13 +162,17 @@ class ImageGenerator:
         return_trace: bool = False,
         **sampler: Any,
     ) -> UInt8[np.ndarray, "b H W c"] | Generation:
-        """Generate one image per label.
+        """Generate one image per label, or per prompt.
 
         Args:
             labels: classes 0…C-1 (C means "no condition"); or float [b, C+1], the weights of a
                 mixture of classes, see `mix_labels`.
+            prompts: what the images show, for a text-conditional model, instead of labels.
+            negative_prompt: what guidance leads away from, one for all images or one for each; by
+                default no prompt at all.
             seed: seed of all images, 0…2³²-1.
             size: (H, W) in pixels, multiples of the tokenizer's factor; the trained one if `None`.
+                Of a run with buckets, one of these.
             rope_interpolation: whether another size is spread over the trained positions, instead
                 of reaching beyond them.
             first_index: number of the first image, where a call makes part of a longer list.
@@ -172,10 +185,11 @@ class ImageGenerator:
             uint8 images [b H W c]; or a `Generation`.
 
         Raises:
-            ValueError: if a label, the seed, the size or a setting is not allowed.
+            ValueError: if a label, a prompt, the seed, the size or a setting is not allowed, or the
+                model takes prompts and not labels, or the other way round.
         """
         made = self._generate(
-            labels,
+            self._condition(labels, prompts, negative_prompt),
             sampler,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
@@ -188,8 +202,10 @@ class ImageGenerator:
 
     def tokens(
         self,
-        labels: Labels,
+        labels: Labels | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
@@ -205,7 +221,7 @@ class ImageGenerator:
         if "return_trace" in sampler:
             raise ValueError("return_trace has no meaning here; call the generator itself")
         return self._generate(
-            labels,
+            self._condition(labels, prompts, negative_prompt),
             sampler,
             decode=False,
             grid_size=self._grid(size),
@@ -219,13 +235,13 @@ class ImageGenerator:
         self,
         images: UInt8[np.ndarray, "b H W c"],
         masks: Bool[np.ndarray, "b H W"],
-        labels: Labels,
+        labels: Labels | None = None,
         *,
         grow: int = 0,
         feather: float = 0.0,
         **options: Any,
     ) -> Generation:
-        """Make parts of images anew, as the labels say, to fit what stays (inpainting).
+        """Make parts of images anew, as labels or prompts say, to fit what stays (inpainting).
 
         Every token that a marked pixel touches is generated; all others keep their codes. Outside
         the marked pixels the images are the given ones.
@@ -233,12 +249,12 @@ class ImageGenerator:
         Args:
             images: originals.
             masks: true where to generate.
-            labels: classes of the results.
+            labels: classes of the results; a text-conditional model takes `prompts` instead.
             grow: cells by which the generated part of the token grid is widened on every side.
             feather: width in pixels of the transition from original to generated, outside the
                 mask; 0 is a hard edge.
-            **options: seed, first_index, callback, return_trace, rope_interpolation and sampler
-                settings, as in a call.
+            **options: prompts, negative_prompt, seed, first_index, callback, return_trace,
+                rope_interpolation and sampler settings, as in a call.
 
         Raises:
             ValueError: if images, masks and labels do not fit one another or the tokenizer, or a
@@ -258,7 +274,7 @@ class ImageGenerator:
         self,
         images: UInt8[np.ndarray, "b H W c"],
         padding: tuple[int, int, int, int],
-        labels: Labels,
+        labels: Labels | None = None,
         **options: Any,
     ) -> Generation:
         """Continue images beyond their edges.
@@ -279,7 +295,7 @@ class ImageGenerator:
     def vary(
         self,
         images: UInt8[np.ndarray, "b H W c"],
-        labels: Labels,
+        labels: Labels | None = None,
         *,
         keep: float = 0.5,
         seed: int = 0,
@@ -294,8 +310,8 @@ class ImageGenerator:
             keep: share of the tokens to keep, in [0, 1).
             seed: seed of all images, and of which tokens stay.
             first_index: number of the first image, where a call makes part of a longer list.
-            **options: callback, return_trace, rope_interpolation and sampler settings, as in a
-                call.
+            **options: prompts, negative_prompt, callback, return_trace, rope_interpolation and
+                sampler settings, as in a call.
 
         Raises:
             ValueError: if `keep` is out of range, or images and labels do not fit.
@@ -377,10 +393,12 @@ class ImageGenerator:
 
     def _complete(
         self,
-        labels: Labels,
+        labels: Labels | None,
         start: np.ndarray,
         /,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         rope_interpolation: bool = False,
         seed: int = 0,
         first_index: int = 0,
@@ -389,7 +407,7 @@ class ImageGenerator:
         **sampler: Any,
     ) -> Generation:
         return self._generate(
-            labels,
+            self._condition(labels, prompts, negative_prompt),
             sampler,
             start=start,
             rope_interpolation=rope_interpolation,
@@ -399,9 +417,41 @@ class ImageGenerator:
             return_trace=return_trace,
         )
 
+    def _condition(
+        self,
+        labels: Labels | None,
+        prompts: Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None,
+    ) -> tuple[Any, Any]:
+        """Return the condition, and what guidance leads away from if it is not "no condition"."""
+        model = self.model.config
+        if not isinstance(model, MaskGILTextConfig):
+            if labels is None or (prompts, negative_prompt) != (None, None):
+                raise ValueError(
+                    f"a model of family {model.family!r} is conditioned on classes: give labels, "
+                    "not prompts"
+                )
+            return labels, None
+        if labels is not None or prompts is None:
+            raise ValueError(
+                f"a model of family {model.family!r} is conditioned on captions: give prompts, a "
+                "list of texts, and no labels"
+            )
+        caption = build.read_prompts(model, prompts, self.text_encoder)
+        if negative_prompt is None:
+            return caption, None
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * len(prompts)
+        if len(negative_prompt) != len(prompts):
+            raise ValueError(
+                f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts; give one for "
+                "all of them, or one for each"
+            )
+        return caption, build.read_prompts(model, negative_prompt, self.text_encoder)
+
     def _generate(
         self,
-        labels: Labels,
+        conditions: tuple[Any, Any],
         sampler: Mapping[str, Any],
         *,
         start: np.ndarray | None = None,
@@ -415,21 +465,23 @@ class ImageGenerator:
     ) -> Generation:
         model = self.model.config
         if rope_interpolation:
-            if not isinstance(model, MaskGILConfig):
+            if not isinstance(model, MaskGILConfig | MaskGILTextConfig):
                 raise ValueError(f"a model of family {model.family!r} has no rotary positions")
             model = dataclasses.replace(model, rope_interpolation=True)
         if start is not None:
             grid_size = start.shape[1:]
+        condition, null_condition = conditions
         return generate(
             model,
             self._params,
-            labels,
+            condition,
             self.sampler(grid_size, **sampler),
             tokenizer=self._decoder if decode else None,
             seed=seed,
             batch_size=self.batch_size,
             mesh=self.mesh,
             start=start,
+            null_condition=null_condition,
             grid_size=grid_size,
             first_index=first_index,
             callback=callback,

@@ -3,10 +3,11 @@
 import dataclasses
 import importlib.resources
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
@@ -15,8 +16,11 @@ from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
+from maskgil_jax.models.captions import Caption
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
+from maskgil_jax.text.base import TextEncoder
+from maskgil_jax.text.prompts import check_prompts, encode_bytes
 from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
@@ -32,6 +36,7 @@ MODELS: dict[str, type[TokenModelConfig]] = {
     for config in (MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig)
 }
 ASSET = "asset:"
+_PROMPTS = 64  # that go through a text encoder at a time
 
 
 def find_model(family: str) -> type[TokenModelConfig]:
@@ -186,6 +191,50 @@ def check_fit(config: ConfigDict, spec: TokenizerSpec, num_classes: int | None) 
         )
     if problems:
         raise ValueError("model, tokenizer and data do not fit: " + "; ".join(problems))
+
+
+def check_text_encoder(config: TokenModelConfig, encoder: TextEncoder) -> None:
+    """Raise a `ValueError` unless a model reads the features of a text encoder."""
+    if not isinstance(config, MaskGILTextConfig) or config.text != "features":
+        raise ValueError(
+            f"a model of family {config.family!r} that reads "
+            f"{getattr(config, 'text', 'classes')} has no use for a text encoder"
+        )
+    wanted, found = (config.text_width, config.text_length), (encoder.width, encoder.max_length)
+    if wanted[0] != found[0] or wanted[1] < found[1]:
+        raise ValueError(
+            f"text encoder {encoder.name} gives up to {found[1]} features of width {found[0]}, but "
+            f"the model reads up to {wanted[1]} of width {wanted[0]}"
+        )
+
+
+def read_prompts(
+    config: MaskGILTextConfig, prompts: Sequence[str], encoder: TextEncoder | None = None
+) -> Caption:
+    """Turn prompts into the captions that a model reads.
+
+    Args:
+        config: architecture of the model.
+        prompts: texts, none empty.
+        encoder: gives the features, for a model that reads such.
+
+    Raises:
+        ValueError: if a prompt is empty, no text or too long, or there is no text encoder for a
+            model that needs one.
+    """
+    if config.text == "bytes":
+        return Caption(*encode_bytes(prompts, config.text_length))
+    if encoder is None:
+        raise ValueError(
+            "the model reads features of a text encoder; name the one that it was trained with, "
+            "--text_encoder or `text_encoder=`"
+        )
+    ids, lengths = encoder.tokenize(check_prompts(prompts))
+    parts = [
+        np.asarray(encoder.encode(ids[first : first + _PROMPTS], lengths[first : first + _PROMPTS]))
+        for first in range(0, len(ids), _PROMPTS)
+    ]
+    return Caption(np.concatenate(parts), lengths)
 
 
 def training_apply(config: TokenModelConfig) -> Callable[..., Any]:

@@ -1,0 +1,1 @@
+"""Captions to features: text encoders, pretrained and frozen."""
