@@ -28,7 +28,7 @@ from maskgil_jax.build import models as build_models
 from maskgil_jax.checkpoints import Checkpoints, write_text_atomically
 from maskgil_jax.evaluation.extraction import collect
 from maskgil_jax.evaluation.image_sets import GeneratedImages, draw_labels
-from maskgil_jax.evaluation.measure import SVM_FIGURES, measure
+from maskgil_jax.evaluation.measure import SVM_FIGURES, check_measurable, measure
 from maskgil_jax.evaluation.nets import FeatureNet, describe_net, open_net
 from maskgil_jax.evaluation.protocols import (
     HIGHER_IS_BETTER,
@@ -167,7 +167,7 @@ def open_monitor(config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None) ->
         net = open_net(protocol.net, section.inception or None)
         net.check_shape("samples", (*config.data.image_size, tokenizer.spec.image_channels))
         reference = open_reference(protocol, net, section.reference or None)
-        _check_reference(protocol, reference)
+        check_measurable(protocol, net, reference, labelled=True)
         _check_best(section.keep_best, protocol)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config.evaluation: {error}") from error
@@ -208,31 +208,6 @@ def _check_protocol(config: ConfigDict, protocol: Protocol) -> None:
         raise ValueError(
             f"{given[0]} {section[given[0]]}: protocol {protocol.name} needs none; leave it empty"
         )
-
-
-def _check_reference(protocol: Protocol, reference: Reference) -> None:
-    """Refuse before the first update what `measure` would refuse at the first evaluation."""
-    if missing := reference.missing(protocol.metrics):
-        raise ValueError(
-            f"the reference does not suffice for {', '.join(missing)}: it has no images, only "
-            "statistics; make one with tools/make_fid_stats.py --features N, or leave these out of "
-            "metrics"
-        )
-    least = {
-        **dict.fromkeys(("precision", "recall", SVM), protocol.neighbours + 1),
-        **dict.fromkeys(("density", "coverage"), protocol.density_neighbours + 1),
-        "kid": protocol.kid_subset_size,
-    }
-    real = reference.features if reference.features is not None else reference.images
-    for metric in set(protocol.metrics) & set(least):
-        sets = {"num_images": protocol.num_images}
-        if real is not None and metric != SVM:
-            sets["the reference's number of images"] = len(real)
-        for name, count in sets.items():
-            if count < least[metric]:
-                raise ValueError(
-                    f"{name} {count} is too few: {metric} needs at least {least[metric]}"
-                )
 
 
 def _check_best(metric: str, protocol: Protocol) -> None:

@@ -120,7 +120,10 @@ def test_a_sweep_writes_table_and_plot(files, capsys):
         (["--workdir=w", "--num_images=6", "--out=x.csv"], "x.csv is no FILE.json"),
         (["--workdir=w", "--num_images=6", "--image_size=8"], "are for folders of pictures"),
         (["--samples=samples.npz", "--num_images=9", "--convert_to_rgb"], "are for folders of"),
-        (["--samples=samples.npz", "--num_images=9", "--metrics=kid"], "too few for subsets"),
+        (
+            ["--samples=samples.npz", "--num_images=9", "--metrics=kid"],
+            "num_images 9 is too few: kid",
+        ),
     ],
 )
 def test_bad_requests_are_refused(files, monkeypatch, arguments, message):

@@ -21,7 +21,7 @@ from maskgil_jax import __version__, bulk, workdir
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.evaluation.extraction import extract
 from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet
-from maskgil_jax.evaluation.measure import measure
+from maskgil_jax.evaluation.measure import check_measurable, measure
 from maskgil_jax.evaluation.nets import FeatureNet, describe_net
 from maskgil_jax.evaluation.protocols import Protocol, describe_changes
 from maskgil_jax.evaluation.references import Reference
@@ -46,7 +46,7 @@ class Evaluation:
 
     Raises:
         ValueError: if the report is no .json, the number of samples is not the protocol's, the net
-            does not take them, or the reference does not suffice for a metric.
+            does not take them, or they or the reference do not suffice for a metric.
     """
 
     protocol: Protocol
@@ -65,17 +65,29 @@ class Evaluation:
         for images in self.samples:
             check_count(len(images), self.protocol)
             self.net.check_shape("samples", images.image_shape)
-        if missing := self.reference.missing(self.protocol.metrics):
-            raise ValueError(
-                f"the reference does not suffice for {', '.join(missing)}: it has no images, only "
-                "statistics; make one with tools/make_fid_stats.py --features N, give a folder or "
-                ".npz of images, or leave these out with --metrics"
+            check_measurable(
+                self.protocol, self.net, self.reference, labelled=images.labels is not None
             )
 
     @property
     def work(self) -> pathlib.Path:
         """The working folder."""
         return self.out.with_name(f".{self.out.name}.work")
+
+    @property
+    def work_settings(self) -> dict[str, Any]:
+        """All that the shards of features depend on, as JSON has it.
+
+        Not which metrics are made of them, so that others can be asked for on the way.
+        """
+        settings = self.settings
+        settings["protocol"] = {k: v for k, v in settings["protocol"].items() if k != "metrics"}
+        return settings | {"features": list(self.features)}
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the net is asked for of samples."""
+        return tuple(dict.fromkeys(("pool", *self.protocol.features)))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -148,7 +160,7 @@ def run(
         OSError: if the disk has too little space.
     """
     settings = evaluation.settings
-    with _hold(evaluation, settings):
+    with _hold(evaluation):
         report = _read_finished(evaluation.out, settings)
         if report is None:
             report = _measure_all(evaluation, settings, say)
@@ -169,10 +181,14 @@ def _measure_all(
     points = []
     for number in range(len(evaluation.points)):
         file = evaluation.work / _POINTS / f"{number:04}.json"
-        point = _read_json(file)
+        metrics, point = list(evaluation.protocol.metrics), None
+        stored = _read_json(file)
+        # One of other metrics is measured anew.
+        if stored is not None and stored.get("metrics") == metrics:
+            point = stored["point"]
         if point is None:
             point = _measure_point(evaluation, number)
-            write_text_atomically(file, json.dumps(point))
+            write_text_atomically(file, json.dumps({"metrics": metrics, "point": point}))
         shutil.rmtree(_samples_folder(evaluation, number), ignore_errors=True)
         points.append(point)
         if say is not None:
@@ -199,7 +215,7 @@ def _measure_point(evaluation: Evaluation, number: int) -> dict[str, Any]:
     samples = extract(
         images,
         net,
-        tuple(dict.fromkeys(("pool", *protocol.features))),
+        evaluation.features,
         _samples_folder(evaluation, number),
         chunk_size=chunk_size,
         label=f"samples{label}: ",
@@ -221,7 +237,8 @@ def _extract_reference(evaluation: Evaluation) -> Mapping[str, np.ndarray]:
         reference.images,
         evaluation.net,
         names,
-        evaluation.work / _REFERENCE,
+        # A net that is asked for more may sum in another order: no folder has shards of both.
+        evaluation.work / _REFERENCE / "-".join(names),
         chunk_size=evaluation.batch_size,
         label="reference: ",
     )
@@ -242,9 +259,9 @@ def _samples_folder(evaluation: Evaluation, number: int) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _hold(evaluation: Evaluation, settings: Mapping[str, Any]) -> Iterator[None]:
+def _hold(evaluation: Evaluation) -> Iterator[None]:
     """Make or reopen the working folder; if nothing was stored there, it goes again."""
-    work = evaluation.work
+    work, settings = evaluation.work, evaluation.work_settings
     new_parents = [parent for parent in work.parents if not parent.exists()]
     work.mkdir(parents=True, exist_ok=True)
     with workdir.lock(work, "--out"):
@@ -258,7 +275,7 @@ def _hold(evaluation: Evaluation, settings: Mapping[str, Any]) -> Iterator[None]
                 f"{work} holds files but no {_SETTINGS}; remove it or choose another --out"
             )
         else:
-            write_text_atomically(file, json.dumps(dict(settings), indent=1) + "\n")
+            write_text_atomically(file, json.dumps(settings, indent=1) + "\n")
         try:
             yield
         finally:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from maskgil_jax.data.digits import digits_arrays
-from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.evals.digits import NEIGHBOURS, digits_report
 from maskgil_jax.evals.metrics import metrics_from_features
+from maskgil_jax.evaluation.nets import FeatureNet
 from maskgil_jax.evaluation.protocols import NEED_REAL_IMAGES, SVM, Protocol
 from maskgil_jax.evaluation.references import Reference
 
@@ -21,6 +22,84 @@ SVM_FIGURES = {
     "novelty": "novelty",
     "svm_accuracy": "svm_accuracy",
 }
+_NO_LABELS = (
+    f"metric {SVM} needs the classes of the samples: array labels of an .npz, file names such as "
+    "000000_label3.png; or leave it out of metrics"
+)
+
+
+def check_measurable(
+    protocol: Protocol, net: FeatureNet, reference: Reference, *, labelled: bool
+) -> None:
+    """Refuse what `measure` could not do, before a sample is made.
+
+    Args:
+        protocol: whose metrics will be measured, of its number of samples.
+        net: what features are compared of.
+        reference: what samples will be compared with.
+        labelled: whether the classes of the samples are known.
+
+    Raises:
+        ValueError: if samples or images of the reference are too few for a metric, the reference
+            lacks what one needs or has features of another width, or the SVM has no labels.
+    """
+    metrics = set(protocol.metrics)
+    if missing := reference.missing(protocol.metrics):
+        raise ValueError(
+            f"the reference does not suffice for {', '.join(missing)}: it has no images, only "
+            "statistics; make one with tools/make_fid_stats.py --features N, give a folder or "
+            ".npz of images, or leave these out of metrics"
+        )
+    if SVM in metrics and not labelled:
+        raise ValueError(_NO_LABELS)
+    statistics, spatial = reference.statistics, reference.spatial_statistics
+    if "sfid" in metrics and statistics is not None and spatial is None:
+        raise ValueError(
+            "the reference has statistics (mu, sigma), but no spatial ones (mu_s, sigma_s): sfid "
+            "would be against other images than fid; make it with tools/make_fid_stats.py, give "
+            "the images without statistics, or leave sfid out of metrics"
+        )
+    widths = {
+        ("pool", "statistics of"): None if statistics is None else statistics.width,
+        ("pool", "single"): None if reference.features is None else reference.features.shape[1],
+        ("spatial", "spatial statistics of"): None if spatial is None else spatial.width,
+    }
+    if "sfid" not in metrics:
+        del widths["spatial", "spatial statistics of"]
+    for (name, words), width in widths.items():
+        if width not in (None, net.widths[name]):
+            raise ValueError(
+                f"the reference has {words} {width} features, but {net.name} has "
+                f"{net.widths[name]}: it is of another net, make it anew with this one"
+            )
+    _check_counts(protocol, reference)
+
+
+def _check_counts(protocol: Protocol, reference: Reference) -> None:
+    single = reference.features if reference.features is not None else reference.images
+    images = None if single is None else len(single)
+    gathered = images if reference.statistics is None else reference.statistics.count
+    near, dense = protocol.neighbours + 1, protocol.density_neighbours + 1
+    subset = protocol.kid_subset_size
+    # Of each metric the fewest samples, and the fewest images of the reference with their number.
+    least: dict[str, tuple[int, int, int | None]] = {
+        **dict.fromkeys(("fid", "sfid"), (2, 2, gathered)),
+        **dict.fromkeys(("precision", "recall"), (near, near, images)),
+        **dict.fromkeys(("density", "coverage"), (2, dense, images)),
+        "kid": (subset, subset, images),
+        SVM: (NEIGHBOURS + 1, 0, None),
+    }
+    for metric in protocol.metrics:
+        samples, real, there = least.get(metric, (2, 0, None))
+        for name, count, needed in (
+            ("num_images", protocol.num_images, samples),
+            ("the reference's number of images", there, real),
+        ):
+            if count is not None and count < needed:
+                raise ValueError(
+                    f"{name} {count} is too few: {metric} needs at least {needed}; give more, or "
+                    "leave it out of metrics"
+                )
 
 
 def measure(
@@ -97,10 +176,7 @@ def _read_by_svm(
     pixels: np.ndarray, labels: np.ndarray | None, image_shape: tuple[int, int, int]
 ) -> dict[str, float]:
     if labels is None:
-        raise ValueError(
-            f"metric {SVM} needs the classes of the samples: array labels of an .npz, file names "
-            "such as 000000_label3.png; or leave it out of --metrics"
-        )
+        raise ValueError(_NO_LABELS)
     report = digits_report(
         pixels.reshape(-1, *image_shape),
         labels,

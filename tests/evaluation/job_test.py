@@ -14,6 +14,7 @@ from fake_evaluation import FakeImages, FakeNet, make_pixels
 from maskgil_jax import workdir
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.evals import metrics_from_features
+from maskgil_jax.evals.frechet import Statistics
 from maskgil_jax.evaluation import extraction, job
 from maskgil_jax.evaluation.image_sets import open_images
 from maskgil_jax.evaluation.nets import open_net
@@ -244,6 +245,112 @@ def test_a_begun_evaluation_is_not_continued_with_other_settings(tmp_path):
     images = FakeImages(30)
     job.run(make_job(out, [images]))
     assert images.reads == [(16, 24), (24, 30)]
+
+
+def test_other_metrics_of_the_same_features_keep_the_samples(tmp_path):
+    def ask(*metrics, stop_at=None):
+        images = FakeImages(30, stop_at=stop_at)
+        protocol = find_protocol("val", metrics=metrics, num_images=30)
+        return make_job(tmp_path / "x.json", [images], protocol=protocol), images
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(ask("fid", stop_at=20)[0])
+    with pytest.raises(ValueError, match=r"features: \[\"pool\"\] there, \[\"pool\", \"logits\"\]"):
+        job.run(ask("fid", "is")[0])
+    evaluation, images = ask("precision", "fid")
+    report = job.run(evaluation)
+    assert images.reads == [(16, 24), (24, 30)]
+    assert set(report["figures"]) == {"precision", "fid"}
+    assert report["protocol"]["metrics"] == ["precision", "fid"]
+
+
+def test_finished_points_of_other_metrics_are_measured_anew(tmp_path):
+    def make(metrics, stop_at=None):
+        evaluation = make_sweep(tmp_path / "x.json", stop_at)
+        protocol = dataclasses.replace(evaluation.protocol, metrics=metrics)
+        return dataclasses.replace(evaluation, protocol=protocol)
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make(("fid",), stop_at=20))
+    report = job.run(make(("recall",)))
+    assert [set(point["figures"]) for point in report["points"]] == [{"recall"}] * 3
+
+
+def make_statistics(count, *, pool=4, spatial=5, features=None, images=None):
+    rng = np.random.default_rng(1)
+
+    def gather(width):
+        return None if width is None else Statistics.of_features(rng.normal(size=(count, width)))
+
+    return Reference(
+        settings={"kind": "statistics", "count": count},
+        image_shape=None,
+        statistics=gather(pool),
+        spatial_statistics=gather(spatial),
+        features=None if features is None else rng.normal(size=features),
+        images=images,
+    )
+
+
+REFUSALS = {
+    "kid of few samples": (("kid",), 1000, make_reference(1000), "num_images 30 is too few: kid"),
+    "kid of few images": (("kid",), 20, make_reference(19), "number of images 19 .* at least 20"),
+    "precision": (("precision",), 20, make_reference(3), "images 3 is too few: precision .* 4;"),
+    "density": (("density",), 20, make_reference(5), "images 5 is too few: density .* least 6;"),
+    "few features": (
+        ("recall",),
+        20,
+        make_statistics(40, features=(3, 4)),
+        "images 3 is too few: recall",
+    ),
+    "fid of one image": (("fid",), 20, make_reference(1), "images 1 is too few: fid .* least 2;"),
+    "single images": (("recall",), 20, make_statistics(40), "does not suffice for recall"),
+    "spatial width": (
+        ("sfid",),
+        20,
+        make_statistics(40, spatial=7),
+        "spatial statistics of 7 features, but inception-fid has 5",
+    ),
+    "width of single features": (
+        ("recall",),
+        20,
+        make_statistics(40, features=(9, 6)),
+        "single 6 features, but inception-fid has 4",
+    ),
+    "no spatial statistics": (
+        ("fid", "sfid"),
+        20,
+        make_statistics(40, spatial=None, images=FakeImages(9)),
+        "no spatial ones .* other images than fid",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_measured_is_refused_before_a_sample_is_made(tmp_path, case):
+    metrics, subset, reference, message = REFUSALS[case]
+    protocol = find_protocol("val", metrics=metrics, num_images=30)
+    protocol = dataclasses.replace(protocol, kid_subset_size=subset)
+    images = FakeImages(30)
+    with pytest.raises(ValueError, match=message):
+        make_job(tmp_path / "x.json", [images], protocol=protocol, reference=reference)
+    assert images.reads == []
+
+
+def test_the_least_that_can_be_measured_is(tmp_path):
+    for metric, count in (("precision", 4), ("coverage", 6), ("kid", 20), ("fid", 2)):
+        protocol = find_protocol("val", metrics=(metric,), num_images=30)
+        protocol = dataclasses.replace(protocol, kid_subset_size=20, kid_subsets=2)
+        reference = make_reference(count)
+        out = tmp_path / f"{metric}.json"
+        report = job.run(make_job(out, protocol=protocol, reference=reference))
+        assert np.isfinite(report["figures"][metric])
+
+
+def test_an_svm_without_classes_is_refused_before_a_sample_is_read(tmp_path):
+    protocol, net = find_protocol("digits", metrics=("svm",), num_images=30), FakeNet()
+    with pytest.raises(ValueError, match="metric svm needs the classes of the samples"):
+        make_job(tmp_path / "x.json", protocol=protocol, net=net)
 
 
 def test_what_failed_before_the_first_shard_leaves_nothing(tmp_path):
