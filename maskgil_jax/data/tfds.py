@@ -32,6 +32,10 @@ class TFDSSource:
       max_bad_images: how many unreadable images may be replaced by the next readable one, each
         with a warning; one more is an error.
 
+    Attributes:
+      name: with the split, as they were given.
+      files: the files that hold the split, in one folder, sorted.
+
     Raises:
       DatasetError: the dataset is not prepared there, not as ArrayRecord or not completely, or
         has no such split or features.
@@ -55,6 +59,8 @@ class TFDSSource:
             dict(builder.info.features.items()), image_key, label_key
         )
         self._records = _open_records(name, data_dir, builder, split, image_key)
+        parts = _list_shards(name, builder, split)
+        self.files = tuple(sorted({pathlib.Path(part.filename) for part in parts}))
         self._keys = (image_key, label_key)
         self._reader = TolerantReader(
             self._read,

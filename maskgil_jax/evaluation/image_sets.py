@@ -14,7 +14,7 @@ import re
 import weakref
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
@@ -262,14 +262,15 @@ class FolderImages:
         labels = [int(match[1]) for match in found if match]
         self.labels = np.array(labels, np.int64) if len(labels) == len(found) else None
         self.image_shape: tuple[int, int, int] = self._decode(0).shape
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(os.fsencode(f"{file}\0{(self._root / file).stat().st_size}\0"))
-        self.settings = {
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """All that the pixels depend on; for which every file is read."""
+        return {
             "kind": "folder",
-            "names_and_sizes_sha256": digest.hexdigest(),
-            "crop": describe_crop(image_size),
-            "convert_to_rgb": convert,
+            "sha256": _hash_files(self._root, self._files),
+            "crop": describe_crop(self._image_size),
+            "convert_to_rgb": self._convert,
         }
 
     def __len__(self) -> int:
@@ -306,11 +307,17 @@ class SourceImages:
         self._source, self._image_size = source, image_size
         self.labels = None
         self.image_shape: tuple[int, int, int] = self._image(0).shape
-        self.settings = {
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """All that the pixels depend on; for which every file of the split is read."""
+        root = self._source.files[0].parent
+        return {
             "kind": "source",
-            "name": source.name,
-            "images": len(source),
-            "crop": describe_crop(image_size),
+            "name": self._source.name,
+            "images": len(self._source),
+            "sha256": _hash_files(root, [file.name for file in self._source.files]),
+            "crop": describe_crop(self._image_size),
             "convert_to_rgb": True,
         }
 
@@ -413,6 +420,16 @@ def _read_labels(path: pathlib.Path, count: int) -> np.ndarray:
             f"integer for each of its {count} images"
         )
     return labels
+
+
+def _hash_files(root: pathlib.Path, files: Sequence[str]) -> str:
+    """Return the SHA-256 of names and contents: sizes and times would let other pixels pass."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda file: file_sha256(root / file), files)
+        for file, content in zip(files, found, strict=True):
+            digest.update(os.fsencode(f"{file}\0{content}\0"))
+    return digest.hexdigest()
 
 
 def _list_images(root: pathlib.Path) -> list[str]:

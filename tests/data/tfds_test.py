@@ -93,6 +93,13 @@ def test_records_are_rgb_images_with_labels(prepared):
         source[5]
 
 
+def test_the_files_of_a_split_are_named(prepared):
+    source = open_shapes(prepared)
+    assert {file.parent for file in source.files} == {source._folder}
+    assert all(file.is_file() and "-train." in file.name for file in source.files)
+    assert open_shapes(prepared, "train[:1]").files == source.files[:1]
+
+
 def test_newest_or_the_named_version_is_taken(tmp_path):
     prepare(tmp_path, version="1.9.0")
     prepare(tmp_path, version="1.10.0")

@@ -1,5 +1,6 @@
 """Images come as they are, or are refused with what to do about it."""
 
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from maskgil_jax.data.images import decode_rgb
 from maskgil_jax.data.transforms import center_crop
-from maskgil_jax.evaluation.image_sets import draw_labels, open_images
+from maskgil_jax.evaluation.image_sets import SourceImages, draw_labels, open_images
 
 
 def save(path, mode="RGB", size=(6, 8), seed=0):
@@ -83,6 +84,47 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     save(tmp_path / "plain.png")
     assert open_images(tmp_path).labels is None
     assert open_images(tmp_path).settings != images.settings
+
+
+def test_a_folder_is_known_by_the_contents_of_its_files(tmp_path):
+    for name in "ab":
+        save(tmp_path / f"{name}.bmp", seed=1)
+    settings = open_images(tmp_path).settings
+    os.utime(tmp_path / "a.bmp", ns=(0, 0))  # as after a copy
+    assert open_images(tmp_path).settings == settings
+    size = (tmp_path / "b.bmp").stat().st_size
+    save(tmp_path / "b.bmp", seed=2)
+    assert (tmp_path / "b.bmp").stat().st_size == size
+    assert open_images(tmp_path).settings != settings
+    save(tmp_path / "b.bmp", seed=1)
+    assert open_images(tmp_path).settings == settings
+    (tmp_path / "b.bmp").rename(tmp_path / "c.bmp")
+    assert open_images(tmp_path).settings != settings
+
+
+class Source:
+    """A split of two pictures in one file."""
+
+    name = "pictures/test"
+
+    def __init__(self, folder):
+        self.files = (folder / "a.records",)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"image": np.full((4, 5, 3), index, np.uint8)}
+
+
+def test_a_split_is_known_by_the_contents_of_its_files(tmp_path):
+    (tmp_path / "a.records").write_bytes(b"one")
+    images = SourceImages(Source(tmp_path))
+    assert images.read(0, 2).shape == (2, 4, 5, 3)
+    assert (images.settings["name"], images.settings["images"]) == ("pictures/test", 2)
+    assert SourceImages(Source(tmp_path)).settings == images.settings
+    (tmp_path / "a.records").write_bytes(b"two")
+    assert SourceImages(Source(tmp_path)).settings != images.settings
 
 
 def test_a_folder_of_several_sizes_needs_a_crop(tmp_path):

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 
 import numpy as np
 import pytest
 import tiny
 from fake_evaluation import FakeImages, FakeNet, make_pixels
+from PIL import Image
 
 from maskgil_jax import workdir
 from maskgil_jax.data.digits import digits_arrays
@@ -351,6 +353,20 @@ def test_an_svm_without_classes_is_refused_before_a_sample_is_read(tmp_path):
     protocol, net = find_protocol("digits", metrics=("svm",), num_images=30), FakeNet()
     with pytest.raises(ValueError, match="metric svm needs the classes of the samples"):
         make_job(tmp_path / "x.json", protocol=protocol, net=net)
+
+
+def test_pictures_that_changed_meanwhile_are_not_mixed_with_the_others(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, pixels in enumerate(make_pixels(30)):
+        Image.fromarray(pixels).save(folder / f"{number:02}.bmp")  # all of one size
+    images = open_images(folder)
+    images.read = unittest.mock.Mock(side_effect=[images.read(0, 8), KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make_job(tmp_path / "x.json", [images]))
+    (folder / "00.bmp").write_bytes((folder / "29.bmp").read_bytes())
+    with pytest.raises(ValueError, match=r"samples.sha256: .* there, .* now"):
+        job.run(make_job(tmp_path / "x.json", [open_images(folder)]))
 
 
 def test_what_failed_before_the_first_shard_leaves_nothing(tmp_path):
