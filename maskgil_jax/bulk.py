@@ -230,19 +230,23 @@ def check_same(
     Raises:
         ValueError: if a setting differs; each is named with both values.
     """
-    there, here = _flatten(old), _flatten(json.loads(json.dumps(dict(new))))
-    differing = [
-        f"  {name}: {_shorten(there.get(name))} there, {_shorten(here.get(name))} now"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
+    if differing := describe_differences(old, new):
         raise ValueError(
             f"{work} holds {what} with other settings:\n"
             + "\n".join(differing)
             + "\nContinue with those settings, choose another --out, or remove that folder to "
             "begin anew."
         )
+
+
+def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting that differs, with the value there and the one now."""
+    there, here = _flatten(old), _flatten(json.loads(json.dumps(dict(new))))
+    return [
+        f"  {name}: {_shorten(there.get(name))} there, {_shorten(here.get(name))} now"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,7 +32,7 @@ from maskgil_jax.evaluation import job, sweeps
 from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet, draw_labels, open_images
 from maskgil_jax.evaluation.nets import open_net
 from maskgil_jax.evaluation.protocols import LABELS, PROTOCOLS, Protocol, find_protocol
-from maskgil_jax.evaluation.references import open_reference
+from maskgil_jax.evaluation.references import Reference, open_reference
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_images", type=int, help="samples; default: as many as the protocol takes")
     add("--num_per_class", type=int, help="the same, as samples of each class")
     add("--labels", help=f"of samples of a run, {' or '.join(LABELS)}; default: the protocol's")
-    add("--seed", type=int, default=0, help="of all images, and of random labels")
+    add("--seed", type=int, help="of all images, and of random labels; default: 0")
     add("--batch_size", type=int, default=64, help="images at a time")
     add("--size", help="HxW of samples of a run in pixels; default: as trained")
     add("--tokenizer", help="tokenizer to use instead of the run's")
@@ -86,7 +86,7 @@ def evaluate(
     num_images: int | None = None,
     num_per_class: int | None = None,
     labels: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
     tokenizer: str | None = None,
@@ -104,7 +104,7 @@ def evaluate(
 
     Raises:
         ValueError: if a setting is not allowed, files are damaged or do not fit the protocol, or
-            the report was begun with other settings.
+            the report was begun with other settings, or is finished with others.
         FileNotFoundError: if there is no such file or model.
     """
     began = time.monotonic()
@@ -121,6 +121,7 @@ def evaluate(
         "sweep": sweep or None,
         "num_per_class": num_per_class,
         "labels": labels,
+        "seed": seed,
         "size": size,
         "tokenizer": tokenizer,
     }
@@ -157,15 +158,20 @@ def evaluate(
         raise ValueError(f"--image_size {image_size} must be at least 1")
     crop = {"image_size": image_size, "convert": convert_to_rgb}
     whole = {"image_size": None, "convert": False}
-    compared = open_reference(chosen, net, reference, **(crop if reference in folders else whole))
+    # The inception score looks at the samples alone.
+    compared = Reference(settings={"kind": "none", "count": None}, image_shape=None)
+    if reference is not None or chosen.split is not None or set(chosen.metrics) != {"is"}:
+        crops = crop if reference in folders else whole
+        compared = open_reference(chosen, net, reference, **crops)
     points = sweeps.grid(varied)
     sets: list[ImageSet]
     if make is None:
         assert samples is not None
-        sets = [open_images(samples, **(crop if samples in folders else whole))]
+        sets = [open_images(samples, labelled=True, **(crop if samples in folders else whole))]
     else:
         sets = [
-            _generated(make, chosen, seed=seed, size=size, **given, **changes) for changes in points
+            _generated(make, chosen, seed=seed or 0, size=size, **given, **changes)
+            for changes in points
         ]
     evaluation = job.Evaluation(
         protocol=chosen,

@@ -36,17 +36,17 @@ def files(tmp_path):
     return tmp_path
 
 
-def run(files, *arguments, protocol="val"):
+def run(files, *arguments, protocol="val", reference="real.npz", out="x.json"):
     evaluate.main(
         [
             f"--protocol={protocol}",
-            f"--reference={files / 'real.npz'}",
-            f"--out={files / 'x.json'}",
+            *([] if reference is None else [f"--reference={files / reference}"]),
+            f"--out={files / out}",
             "--compilation_cache=",
             *arguments,
         ]
     )
-    return json.loads((files / "x.json").read_text())
+    return json.loads((files / out).read_text())
 
 
 def refuse(files, *arguments, **options):
@@ -61,7 +61,10 @@ def test_samples_of_a_run_are_those_of_the_generator(files, generator, capsys):
     labels = np.arange(6) % 2
     images = generator(labels, seed=3, rescale=False)
     np.savez(files / "same.npz", images, labels=labels)
-    again = run(files, f"--samples={files / 'same.npz'}", "--num_images=6")
+    again = run(files, f"--samples={files / 'same.npz'}", "--num_images=6", out="y.json")
+    assert report["protocol"]["labels"] == "balanced"
+    assert again["protocol"]["labels"] == "balanced (3 of each of 2 classes)"
+    assert again["notes"] == report["notes"]
     assert report["figures"] == again["figures"]
     assert report["samples"]["seed"] == 3
     assert report["samples"]["sampler"]["num_steps"] == 2
@@ -72,12 +75,13 @@ def test_samples_of_a_run_are_those_of_the_generator(files, generator, capsys):
     assert header == "| protocol | images | fid ↓ | sfid ↓ | is ↑ | precision ↑ | recall ↑ |"
     assert row.startswith("| val | 6 | ")
     assert "note: num_images is 6, not the 50000 of protocol val" in printed.err
-    assert set(os.listdir(files)) == {"real.npz", "samples.npz", "same.npz", "x.json"}
+    assert set(os.listdir(files)) == {"real.npz", "samples.npz", "same.npz", "x.json", "y.json"}
 
 
 def test_labels_per_class_and_random_ones(files):
     run(files, "--workdir=w", "--num_per_class=3", "--metrics=fid")
-    report = run(files, "--workdir=w", "--num_images=7", "--labels=random", "--metrics=fid,is")
+    arguments = ["--workdir=w", "--num_images=7", "--labels=random", "--metrics=fid,is"]
+    report = run(files, *arguments, out="y.json")
     assert report["protocol"]["labels"] == "random"
     assert set(report["figures"]) == {"fid", "is", "is_std"}
 
@@ -95,8 +99,32 @@ def test_a_sweep_writes_table_and_plot(files, capsys):
     assert len(table.splitlines()) == 6
     assert (files / "x.png").stat().st_size > 1000
     # A point is what is measured alone.
-    alone = run(files, *arguments[:3], "--num_steps=1", "--guidance_scale=3")
+    alone = run(files, *arguments[:3], "--num_steps=1", "--guidance_scale=3", out="y.json")
     assert alone["figures"] == report["points"][1]["figures"]
+
+
+def test_a_finished_report_of_other_settings_stays(files):
+    arguments = ["--workdir=w", "--num_images=6", "--metrics=fid"]
+    run(files, *arguments)
+    data = (files / "x.json").read_bytes()
+    assert run(files, *arguments) == json.loads(data)
+    with pytest.raises(SystemExit) as caught:
+        run(files, *arguments, "--seed=1")
+    message = str(caught.value.code)
+    assert "x.json is a finished report with other settings:\n  samples.seed: 0 there" in message
+    assert "Choose another --out, or move that file away" in message
+    assert (files / "x.json").read_bytes() == data
+    assert set(os.listdir(files)) == {"real.npz", "samples.npz", "x.json"}
+
+
+def test_the_inception_score_needs_no_reference(files):
+    arguments = [f"--samples={files / 'samples.npz'}", "--num_images=9"]
+    alone = run(files, *arguments, "--metrics=is", protocol="adm", reference=None)
+    assert alone["reference"] == {"kind": "none", "count": None}
+    beside = run(files, *arguments, "--metrics=is,fid", out="y.json")
+    assert alone["figures"] == {name: beside["figures"][name] for name in ("is", "is_std")}
+    with pytest.raises(SystemExit, match="protocol adm needs --reference"):
+        run(files, *arguments, "--metrics=is,fid", protocol="adm", reference=None, out="z.json")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +134,7 @@ def test_a_sweep_writes_table_and_plot(files, capsys):
         (["--workdir=w", "--samples=s.npz"], "give the samples: one of"),
         (["--samples=samples.npz", "--num_steps=4"], "--num_steps is about generating"),
         (["--samples=samples.npz", "--sweep=num_steps=4"], "--sweep is about generating"),
+        (["--samples=samples.npz", "--seed=0"], "--seed is about generating"),
         (["--samples=samples.npz"], "there are 9 samples, but 50000 are asked for"),
         (["--samples=samples.npz", "--num_images=8"], "there are 9 samples, but 8 are asked for"),
         (["--workdir=w", "--num_images=7"], "7 is no multiple of the model's 2 classes"),

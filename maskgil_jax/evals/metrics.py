@@ -22,6 +22,10 @@ MANIFOLD_METRICS = ("precision", "recall", "density", "coverage")
 Features = Array | np.ndarray
 
 
+class FewImagesWarning(UserWarning):
+    """Sets are so small that a figure is far off."""
+
+
 def metrics_from_features(
     generated: Features,
     real: Features | Statistics | None,
@@ -130,7 +134,7 @@ def _measure_frechet(name: str, generated: np.ndarray, real: Features | Statisti
     ours = Statistics.of_features(generated)
     theirs = real if isinstance(real, Statistics) else Statistics.of_features(real)
     for note in describe_bias({"generated": ours, "real": theirs}):
-        warnings.warn(f"{name}: {note}", stacklevel=3)
+        warnings.warn(f"{name}: {note}", FewImagesWarning, stacklevel=3)
     return frechet_distance(theirs, ours)
 
 

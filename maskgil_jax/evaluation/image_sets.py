@@ -85,6 +85,17 @@ def draw_labels(how: str, count: int, num_classes: int, seed: int) -> Int[np.nda
     return (np.arange(count) % num_classes).astype(np.int32)
 
 
+def describe_labels(labels: Int[np.ndarray, " b"] | None) -> str:
+    """Return in words how many of each class there are, of classes that occur."""
+    if labels is None:
+        return "unknown"
+    counts = np.unique(labels, return_counts=True)[1]
+    least, most = counts.min(), counts.max()
+    if least == most:
+        return f"balanced ({least} of each of {len(counts)} classes)"
+    return f"uneven ({least} to {most} of each of {len(counts)} classes)"
+
+
 class GeneratedImages:
     """Samples of a model, made when they are read; image i depends on the seed and on i.
 
@@ -163,16 +174,20 @@ class DigitImages:
 
 
 class ArrayImages:
-    """`arr_0` of an `.npz`, uint8 NHWC, and `labels` where there are any; read piece by piece.
+    """`arr_0` of an `.npz`, uint8 NHWC, read piece by piece.
 
-    What `sample.py` and the ADM evaluator's users write.
+    Args:
+        path: the file.
+        labelled: whether classes are read: `labels`, as `sample.py` writes them, or else `arr_1`,
+            as ADM's sampler does, or none.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no `.npz` with RGB pixels in `arr_0`, damaged, or has other labels.
+        ValueError: if it is no `.npz` with RGB pixels in `arr_0`, damaged, or has other classes
+            than one integer for each image.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, labelled: bool = False):
         self._path, self._next = pathlib.Path(path), 0
         self._files = contextlib.ExitStack()
         weakref.finalize(self, self._files.close)
@@ -188,7 +203,9 @@ class ArrayImages:
             raise ValueError(f"arr_0 of {path} is stored column by column; save it in C order")
         self._count, height, width, channels = shape
         self.image_shape = (height, width, channels)
-        self.labels = _read_labels(self._path, self._count) if "labels" in names else None
+        self.labels: np.ndarray | None = None
+        if labelled and (stored := [name for name in ("labels", "arr_1") if name in names]):
+            self.labels = _read_labels(self._path, stored[0], self._count)
         self.settings = {"kind": "npz", "sha256": file_sha256(path)}
 
     def __len__(self) -> int:
@@ -337,9 +354,19 @@ class SourceImages:
 
 
 def open_images(
-    path: str | os.PathLike[str], *, image_size: int | None = None, convert: bool = False
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | None = None,
+    convert: bool = False,
+    labelled: bool = False,
 ) -> ImageSet:
     """Open an `.npz` or a folder of images.
+
+    Args:
+        path: of either.
+        image_size: side to which images of a folder are cropped.
+        convert: whether greyscale, CMYK and transparent files of a folder become RGB.
+        labelled: whether classes in an `.npz` are read, which those of a reference need not be.
 
     Raises:
         FileNotFoundError: if there is neither.
@@ -357,7 +384,7 @@ def open_images(
             f"{path} holds pixels, which are measured as they are; --image_size and "
             "--convert_to_rgb are for folders"
         )
-    return ArrayImages(path)
+    return ArrayImages(path, labelled=labelled)
 
 
 def list_arrays(path: str | os.PathLike[str]) -> list[str]:
@@ -408,16 +435,16 @@ def _check_pixels(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     raise ValueError(f"{name} has shape {shape}; expected {hint}")
 
 
-def _read_labels(path: pathlib.Path, count: int) -> np.ndarray:
+def _read_labels(path: pathlib.Path, name: str, count: int) -> np.ndarray:
     try:
         with open(path, "rb") as file, np.load(file) as stored:
-            labels = stored["labels"]
+            labels = stored[name]
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"labels of {path} cannot be read: {error}") from error
+        raise ValueError(f"{name} of {path} cannot be read: {error}") from error
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"labels of {path} have shape {labels.shape} and type {labels.dtype}; expected one "
-            f"integer for each of its {count} images"
+            f"{name} of {path}, the classes, has shape {labels.shape} and type {labels.dtype}; "
+            f"expected one integer for each of its {count} images; save it so, or leave it out"
         )
     return labels
 

@@ -20,7 +20,7 @@ import numpy as np
 from maskgil_jax import __version__, bulk, workdir
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.evaluation.extraction import extract
-from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet
+from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet, describe_labels
 from maskgil_jax.evaluation.measure import check_measurable, measure
 from maskgil_jax.evaluation.nets import FeatureNet, describe_net
 from maskgil_jax.evaluation.protocols import Protocol, describe_changes
@@ -96,8 +96,11 @@ class Evaluation:
         if self.sweep:
             # Points go by their number, hence by the order of what varies.
             swept = {"sweep": dict(self.sweep), "sweep_order": list(self.sweep)}
+        protocol = self.protocol.to_dict()
+        if not isinstance(self.samples[0], GeneratedImages):
+            protocol["labels"] = describe_labels(self.samples[0].labels)
         settings: dict[str, Any] = {
-            "protocol": self.protocol.to_dict(),
+            "protocol": protocol,
             "net": describe_net(self.net),
             "reference": dict(self.reference.settings),
             **swept,
@@ -148,15 +151,16 @@ def run(
 ) -> dict[str, Any]:
     """Measure what is not measured yet, write the report, and return it.
 
-    If a report of the same settings is there already, nothing is computed.
+    If a report of the same settings is there already, nothing is computed; one of others is never
+    replaced.
 
     Args:
         evaluation: what to measure.
         say: called with the report of each point as soon as it is there.
 
     Raises:
-        ValueError: if the working folder is of other settings (each is named) or in use, or an
-            image or a feature is refused.
+        ValueError: if the report or the working folder is of other settings (each is named), the
+            folder is in use, or an image or a feature is refused.
         OSError: if the disk has too little space.
     """
     settings = evaluation.settings
@@ -224,7 +228,7 @@ def _measure_point(evaluation: Evaluation, number: int) -> dict[str, Any]:
         protocol, samples, images.labels, images.image_shape, evaluation.reference, real
     )
     known = [*describe_changes(protocol), *net.notes, *evaluation.reference.notes]
-    known += _note_sizes(evaluation)
+    known += [*_note_sizes(evaluation), *_note_labels(evaluation)]
     return {**({"swept": swept} if swept else {}), "figures": figures, "notes": known + notes}
 
 
@@ -251,6 +255,16 @@ def _note_sizes(evaluation: Evaluation) -> list[str]:
     return [
         f"samples have {ours[0]}×{ours[1]} pixels, the reference {theirs[0]}×{theirs[1]}; the net "
         f"sees both resized ({evaluation.net.resize}), which figures depend on"
+    ]
+
+
+def _note_labels(evaluation: Evaluation) -> list[str]:
+    protocol, found = evaluation.protocol, evaluation.settings["protocol"]["labels"]
+    if found.startswith(protocol.labels):
+        return []
+    return [
+        f"the classes of the samples are {found}, but protocol {protocol.name} takes them "
+        f"{protocol.labels}"
     ]
 
 
@@ -298,11 +312,22 @@ def _remove(work: pathlib.Path) -> None:
 
 
 def _read_finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the report that is there, if it is of these settings."""
-    report = _read_json(out)
-    if report is None or any(report.get(name) != value for name, value in settings.items()):
+    """Return the report that is there; refuse one of other settings, and what is no report."""
+    if not out.exists():
         return None
-    return report if ("sweep" in report) == ("sweep" in settings) else None
+    remedy = "Choose another --out, or move that file away to measure anew."
+    report = _read_json(out)
+    if report is None or not isinstance(report.get("protocol"), dict):
+        raise ValueError(f"--out {out} is there and no report of an evaluation. {remedy}")
+    names = {*settings, "sweep", "sweep_order"}
+    there = {name: value for name, value in report.items() if name in names}
+    if differing := bulk.describe_differences(there, settings):
+        raise ValueError(
+            f"--out {out} is a finished report with other settings:\n"
+            + "\n".join(differing)
+            + f"\n{remedy}"
+        )
+    return report
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.evals.digits import NEIGHBOURS, digits_report
-from maskgil_jax.evals.metrics import metrics_from_features
+from maskgil_jax.evals.metrics import FewImagesWarning, metrics_from_features
 from maskgil_jax.evaluation.nets import FeatureNet
 from maskgil_jax.evaluation.protocols import NEED_REAL_IMAGES, SVM, Protocol
 from maskgil_jax.evaluation.references import Reference
@@ -130,7 +130,7 @@ def measure(
     spatial = reference.spatial_statistics
     generated = samples["pool"]
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", FewImagesWarning)
         if "fid" in metrics:
             figures |= metrics_from_features(generated, _given(pool), metrics=["fid"])
         if "sfid" in metrics:
@@ -159,7 +159,14 @@ def measure(
                 kid_subsets=protocol.kid_subsets,
                 kid_subset_size=protocol.kid_subset_size,
             )
-    notes = [str(warning.message) for warning in caught]
+    notes = []
+    for warning in caught:
+        if issubclass(warning.category, FewImagesWarning):
+            notes.append(str(warning.message))
+        else:  # not of ours, and for whoever looks at warnings
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
     if SVM in metrics:
         figures |= _read_by_svm(samples["pixels"], labels, image_shape)
     if "is" in metrics and labels is not None:

@@ -10,7 +10,12 @@ from PIL import Image
 
 from maskgil_jax.data.images import decode_rgb
 from maskgil_jax.data.transforms import center_crop
-from maskgil_jax.evaluation.image_sets import SourceImages, draw_labels, open_images
+from maskgil_jax.evaluation.image_sets import (
+    SourceImages,
+    describe_labels,
+    draw_labels,
+    open_images,
+)
 
 
 def save(path, mode="RGB", size=(6, 8), seed=0):
@@ -26,7 +31,7 @@ def test_an_npz_is_read_piece_by_piece_in_any_order(tmp_path):
     pixels, labels = make_pixels(700, shape=(3, 2, 3)), np.arange(700)
     for save_as in (np.savez, np.savez_compressed):
         save_as(tmp_path / "x.npz", pixels, labels=labels)
-        images = open_images(tmp_path / "x.npz")
+        images = open_images(tmp_path / "x.npz", labelled=True)
         assert (len(images), images.image_shape) == (700, (3, 2, 3))
         np.testing.assert_array_equal(images.labels, labels)
         for first, stop in ((0, 3), (3, 5), (600, 700), (4, 6), (699, 700)):
@@ -52,7 +57,25 @@ def test_only_pixels_are_taken_from_an_npz(tmp_path):
         path = tmp_path / f"{number}.npz"
         np.savez(path, **arrays)
         with pytest.raises(ValueError, match=message if "$" in message else re.escape(message)):
-            open_images(path)
+            open_images(path, labelled=True)
+
+
+def test_classes_are_read_as_adm_writes_them_too(tmp_path):
+    pixels = make_pixels(3)
+    np.savez(tmp_path / "x.npz", pixels, [4, 5, 4])
+    assert open_images(tmp_path / "x.npz", labelled=True).labels.tolist() == [4, 5, 4]
+    np.savez(tmp_path / "y.npz", pixels, [4, 5, 4], labels=[1, 2, 3])
+    assert open_images(tmp_path / "y.npz", labelled=True).labels.tolist() == [1, 2, 3]
+    np.savez(tmp_path / "z.npz", pixels, pixels)
+    with pytest.raises(ValueError, match="arr_1 of .*, the classes, has shape .* leave it out"):
+        open_images(tmp_path / "z.npz", labelled=True)
+    assert open_images(tmp_path / "z.npz").labels is None
+
+
+def test_classes_are_counted():
+    assert describe_labels(np.array([5, 1, 1, 5])) == "balanced (2 of each of 2 classes)"
+    assert describe_labels(np.array([5, 1, 1, 5, 5])) == "uneven (2 to 3 of each of 2 classes)"
+    assert describe_labels(None) == "unknown"
 
 
 def test_damage_of_an_npz_is_seen(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import unittest.mock
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from maskgil_jax import workdir
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.evals import metrics_from_features
 from maskgil_jax.evals.frechet import Statistics
-from maskgil_jax.evaluation import extraction, job
+from maskgil_jax.evaluation import extraction, job, measure
 from maskgil_jax.evaluation.image_sets import open_images
 from maskgil_jax.evaluation.nets import open_net
 from maskgil_jax.evaluation.protocols import find_protocol
@@ -226,8 +227,57 @@ def test_a_finished_report_is_not_measured_again(tmp_path):
     assert job.run(make_job(out, [images]), say=said.append) == report
     assert images.reads == []
     assert said == [report]
-    # Under other settings it is replaced.
-    assert job.run(make_job(out, [FakeImages(30, seed=1)])) != report
+
+
+def test_a_finished_report_is_replaced_by_none_of_other_settings(tmp_path):
+    out = tmp_path / "x.json"
+    job.run(make_job(out))
+    data = out.read_bytes()
+    for other, message in (
+        (make_job(out, [FakeImages(30, seed=1)]), r"finished report .*\n  samples.seed: 0 there"),
+        (make_job(out, batch_size=4), "batch_size: 8 there, 4 now\nChoose another --out"),
+        (make_sweep(out), "sweep.guidance_scale: null there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            job.run(other)
+        assert all(images.reads == [] for images in other.samples)
+        assert out.read_bytes() == data
+    for text in ("half of a rep", "{}"):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="is there and no report of an evaluation"):
+            job.run(make_job(out))
+        assert out.read_text() == text
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (np.arange(30) % 3, "balanced (10 of each of 3 classes)"),
+        (np.arange(30) % 4, "uneven (7 to 8 of each of 4 classes)"),
+        (None, "unknown"),
+    ],
+)
+def test_classes_of_given_samples_are_counted(tmp_path, labels, found):
+    report = job.run(make_job(tmp_path / "x.json", [FakeImages(30, labels=labels)]))
+    assert report["protocol"]["labels"] == found
+    note = f"the classes of the samples are {found}, but protocol val takes them balanced"
+    assert (note in report["notes"]) == (not found.startswith("balanced"))
+
+
+def test_only_warnings_of_ours_become_notes(tmp_path, monkeypatch):
+    whole = measure.metrics_from_features
+
+    def warn(*args, **options):
+        warnings.warn("of a library", RuntimeWarning, stacklevel=1)
+        return whole(*args, **options)
+
+    monkeypatch.setattr(measure, "metrics_from_features", warn)
+    few = find_protocol("val", metrics=("fid",), num_images=4)
+    with pytest.warns(RuntimeWarning, match="of a library"):
+        report = job.run(make_job(tmp_path / "x.json", [FakeImages(4)], protocol=few))
+    assert "of a library" not in report["notes"]
+    assert any("4 images are too few" in note for note in report["notes"])
 
 
 def test_a_begun_evaluation_is_not_continued_with_other_settings(tmp_path):
@@ -393,7 +443,7 @@ def test_features_that_are_no_numbers_are_refused(tmp_path):
 def test_too_few_images_are_noted_or_refused(tmp_path):
     few = find_protocol("val", metrics=("fid",), num_images=4)
     report = job.run(make_job(tmp_path / "x.json", [FakeImages(4)], protocol=few))
-    assert "fid: generated: 4 images are too few for a covariance of 4" in report["notes"][1]
+    assert "fid: generated: 4 images are too few for a covariance of 4" in report["notes"][-1]
     for count in (29, 31):
         with pytest.raises(ValueError, match=f"there are {count} samples, but 30 are asked for"):
             make_job(tmp_path / "y.json", [FakeImages(count)])
@@ -446,7 +496,7 @@ def test_digits_are_compared_with_held_out_digits(tmp_path):
             protocol=protocol,
             net=net,
             reference=open_reference(protocol, net, None),
-            samples=[open_images(tmp_path / f"{name}.npz")],
+            samples=[open_images(tmp_path / f"{name}.npz", labelled=True)],
             out=tmp_path / f"{name}.json",
         )
         figures[name] = job.run(evaluation)["figures"]

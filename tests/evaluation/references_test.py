@@ -79,6 +79,11 @@ def test_images_alone_are_a_reference(tmp_path):
     assert "a set of 7 images, taken to be that of protocol val" in reference.notes[0]
 
 
+def test_the_classes_of_a_reference_are_not_looked_at(tmp_path):
+    np.savez(tmp_path / "x.npz", make_pixels(7), labels=["cat"] * 7)
+    assert len(open_reference(VAL, NET, tmp_path / "x.npz").images) == 7
+
+
 def test_what_is_no_reference_is_refused(tmp_path):
     cases = [
         ({"arr_1": make_pixels(3)}, "holds arr_1 and no arr_0"),
