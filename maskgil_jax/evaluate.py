@@ -2,7 +2,8 @@ r"""Evaluate samples: `python -m maskgil_jax.evaluate --workdir DIR --protocol d
 
 Measures samples of a run (`--workdir`), of an `.npz` or of a folder (`--samples`) as a protocol
 says, writes a JSON report and prints a row of Markdown. Started again after a kill, a command
-goes on, and its report is the same to the last byte. docs/evaluation.md explains the protocols.
+goes on, and in the same environment its report is the same to the last byte. docs/evaluation.md
+explains the protocols.
 
     python -m maskgil_jax.evaluate --workdir runs/b --protocol adm --inception pt_inception.pth \
         --reference VIRTUAL_imagenet256_labeled.npz --out b.json
