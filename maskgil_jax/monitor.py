@@ -26,13 +26,14 @@ from maskgil_jax import config as schema
 from maskgil_jax import loading
 from maskgil_jax.build import models as build_models
 from maskgil_jax.checkpoints import Checkpoints, write_text_atomically
-from maskgil_jax.evaluation.extraction import collect
+from maskgil_jax.evaluation.extraction import collect, collect_statistics
 from maskgil_jax.evaluation.image_sets import GeneratedImages, draw_labels
 from maskgil_jax.evaluation.measure import SVM_FIGURES, check_measurable, measure
 from maskgil_jax.evaluation.nets import FeatureNet, describe_net, open_net
 from maskgil_jax.evaluation.protocols import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
+    NEED_REAL_IMAGES,
     SVM,
     Protocol,
     describe_changes,
@@ -78,6 +79,9 @@ class Monitor:
             "net": describe_net(self.net),
             "reference": dict(self.reference.settings),
             "tokenizer": self.tokenizer.fingerprint,
+            # Pixels depend on both, on the batch by rounding only.
+            "tokenizer_dtype": self.tokenizer.config.to_dict()["dtype"],
+            "batch_size": min(self.run.evaluation.batch_size, self.protocol.num_images),
             "sampler": dataclasses.asdict(build_models.sampler_config(self.run)),
             "seed": self.run.seed,
         }
@@ -89,14 +93,24 @@ class Monitor:
         return [*describe_changes(self.protocol), *self.net.notes, *self.reference.notes]
 
     @functools.cached_property
-    def _real(self) -> Mapping[str, np.ndarray]:
-        images, names = (
-            self.reference.images,
-            self.reference.wanted_features(self.protocol.metrics),
-        )
+    def _compared(self) -> tuple[Reference, Mapping[str, np.ndarray]]:
+        """Reference with all the statistics that metrics need, and features of its images."""
+        reference, metrics = self.reference, self.protocol.metrics
+        images, names = reference.images, reference.wanted_features(metrics)
         if images is None or not names:
-            return {}
-        return collect(images, self.net, names, chunk_size=self.run.evaluation.batch_size)
+            return reference, {}
+        # Held until the run ends: single features only where a metric looks at them.
+        single = ("pool",) if set(metrics) & set(NEED_REAL_IMAGES) and "pool" in names else ()
+        chunk_size = self.run.evaluation.batch_size
+        found = collect(images, self.net, single, chunk_size=chunk_size) if single else {}
+        if others := [name for name in names if name not in single]:
+            statistics = collect_statistics(images, self.net, others, chunk_size=chunk_size)
+            reference = dataclasses.replace(
+                reference,
+                statistics=statistics.get("pool", reference.statistics),
+                spatial_statistics=statistics.get("spatial", reference.spatial_statistics),
+            )
+        return reference, found
 
     def measure(self, params: Any) -> tuple[dict[str, float], list[str]]:
         """Return the figures of samples of a model with these parameters, and notes on them.
@@ -126,9 +140,7 @@ class Monitor:
         )
         names = tuple(dict.fromkeys(("pool", *self.protocol.features)))
         features = collect(images, self.net, names, chunk_size=images.chunk_size)
-        return measure(
-            self.protocol, features, labels, images.image_shape, self.reference, self._real
-        )
+        return measure(self.protocol, features, labels, images.image_shape, *self._compared)
 
 
 def open_monitor(config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None) -> Monitor | None:

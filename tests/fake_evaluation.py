@@ -14,11 +14,13 @@ class FakeNet:
     resize = "none"
     notes = ()
 
-    def __init__(self, fingerprint="f" * 64):
+    def __init__(self, fingerprint="f" * 64, batch_size=1):
+        self.batch_size = batch_size
         self.widths = {"pool": 4, "logits": 3, "spatial": 5}
         self.fingerprint = fingerprint
         self.broken = None  # number of an image, counted over calls, whose features are NaN
         self._seen = 0
+        self.calls = []  # images of each
 
     def check_shape(self, name, shape):
         if shape[2] != 3:
@@ -34,6 +36,7 @@ class FakeNet:
         if self.broken is not None and self._seen <= self.broken < self._seen + len(images):
             features["pool"][self.broken - self._seen] = np.nan
         self._seen += len(images)
+        self.calls.append(len(images))
         return features
 
 

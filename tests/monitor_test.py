@@ -1,5 +1,6 @@
 """Evaluation while a model trains: figures, the best parameters, kills, and what is refused."""
 
+import dataclasses
 import re
 import types
 
@@ -12,6 +13,7 @@ from train_test import final_state
 import maskgil_jax
 from maskgil_jax import checkpoints, evaluate, monitor
 from maskgil_jax.evals import metrics_from_features
+from maskgil_jax.evals.frechet import Statistics
 from maskgil_jax.train import train
 from maskgil_jax.training import loop
 
@@ -187,11 +189,26 @@ def test_a_best_of_other_figures_is_not_compared(watch, tmp_path):
     best.close()
     watch.run.sampler.num_steps = 3
     watch.run.evaluation.keep_best = "agreement"
+    watch.run.evaluation.batch_size = 4
+    half = dataclasses.replace(watch.tokenizer.config, dtype="bfloat16")
+    vq = dataclasses.replace(watch.tokenizer, config=half)
+    watch = dataclasses.replace(watch, tokenizer=vq)
     with pytest.raises(ValueError, match="chosen by other figures") as caught:
         monitor.BestCheckpoint(tmp_path, watch)
     assert "keep_best: 'fid' → 'agreement'" in str(caught.value)
     assert "sampler.num_steps: 2 → 3" in str(caught.value)
+    assert "batch_size: 8 → 4" in str(caught.value)
+    assert "tokenizer_dtype: 'float32' → 'bfloat16'" in str(caught.value)
     assert read_best(tmp_path)["step"] == 4
+
+
+def test_a_batch_larger_than_all_samples_changes_no_figure(watch, tmp_path):
+    watch.run.evaluation.batch_size = 100
+    best = monitor.BestCheckpoint(tmp_path, watch)
+    offer(best, {4: 3.0})
+    best.close()
+    watch.run.evaluation.batch_size = 20
+    monitor.BestCheckpoint(tmp_path, watch).close()
 
 
 def test_a_damaged_best_is_set_aside(watch, tmp_path):
@@ -237,6 +254,17 @@ def test_inception_protocols_compare_with_a_file(tokenizer, tmp_path, monkeypatc
     expected = metrics_from_features(*pool, metrics=["fid", "precision", "recall"])
     assert {name: figures[name] for name in expected} == expected
     assert (tmp_path / "best/checkpoints/5/params").is_dir()
+
+
+def test_no_more_of_the_reference_is_held_than_metrics_need(watch):
+    whole = watch.net.extract(watch.reference.images.read(0, 297), ("pool",))["pool"]
+    reference, features = watch._compared
+    assert features == {}
+    np.testing.assert_array_equal(reference.statistics.mean, Statistics.of_features(whole).mean)
+    protocol = dataclasses.replace(watch.protocol, metrics=("fid", "recall"))
+    reference, features = dataclasses.replace(watch, protocol=protocol)._compared
+    assert reference.statistics is None
+    np.testing.assert_allclose(features["pool"], whole, rtol=1e-5, atol=1e-5)
 
 
 BAD_VALUES = {

@@ -20,6 +20,17 @@ Features = dict[str, Float[np.ndarray, "n _"]]
 Images = Array | np.ndarray | Iterable[Array | np.ndarray]
 
 
+def local_mesh() -> Mesh:
+    """Return all devices of this process."""
+    return sharding.make_mesh({"data": -1}, jax.local_devices())
+
+
+def default_batch_size(mesh: Mesh) -> int:
+    """Return the images that are computed at once on these devices unless a number is given."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return (CPU_BATCH if on_cpu else ACCELERATOR_BATCH) * sharding.batch_shards(mesh)
+
+
 class FeatureExtractor:
     """Inception features of uint8 images of any size, float32 whatever the device.
 
@@ -48,15 +59,14 @@ class FeatureExtractor:
         mesh: Mesh | None = None,
     ):
         if mesh is None:
-            mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+            mesh = local_mesh()
         if set(mesh.devices.flat) - set(jax.local_devices()):
             raise ValueError(
                 f"mesh {dict(mesh.shape)} has devices of other processes; give each process its "
                 "own images and a mesh of its own devices (jax.local_devices())"
             )
         if batch_size is None:
-            on_cpu = mesh.devices.flat[0].platform == "cpu"
-            batch_size = (CPU_BATCH if on_cpu else ACCELERATOR_BATCH) * sharding.batch_shards(mesh)
+            batch_size = default_batch_size(mesh)
         sharding.check_batch_size("batch_size", batch_size, mesh)
         self.features = _check_features(features)
         self.batch_size = batch_size

@@ -9,11 +9,13 @@ import pathlib
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from maskgil_jax.bulk import Progress
+from maskgil_jax.evals.features import BLOCK_ROWS
+from maskgil_jax.evals.frechet import Statistics
 from maskgil_jax.evaluation.image_sets import ImageSet
 from maskgil_jax.evaluation.nets import FeatureNet
 
@@ -37,7 +39,8 @@ def extract(
         names: which features.
         folder: of the shards; it is made. That its shards are of this set and net is the caller's
             to know.
-        chunk_size: images of a shard, made and held at a time.
+        chunk_size: images read, or made, at a time. A shard has as many, or a multiple of it that
+            fills a batch of the net.
         label: put before what is said on the way.
 
     Raises:
@@ -47,24 +50,24 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob("*.partial"):
         partial.unlink()
-    starts = range(0, len(images), chunk_size)
-    found: dict[int, Mapping[str, np.ndarray]] = {}
-    for first in starts:
-        shard = _load(_path(folder, first), names)
-        if shard is not None:
-            found[first] = shard
-    missing = [first for first in starts if first not in found]
-    counts = {first: min(chunk_size, len(images) - first) for first in missing}
-    _check_space(folder, sum(counts.values()) * sum(4 * net.widths[name] for name in names))
-    progress = Progress(sum(counts.values()), label)
-    for first in missing:
-        pixels = images.read(first, first + counts[first])
-        features = net.extract(pixels, names)
-        check_finite(features, first)
-        _store(_path(folder, first), features)
-        found[first] = features
-        progress.add(counts[first])
-    return {name: np.concatenate([found[first][name] for first in starts]) for name in names}
+    parts = _split(len(images), chunk_size, net)
+    found: dict[str, np.ndarray] = {}
+    missing = []
+    for part in parts:
+        shard = _load(_path(folder, part.start), names, part, net)
+        if shard is None:
+            missing.append(part)
+        else:
+            _place(found, shard, part.start, len(images))
+    to_come = sum(len(part) for part in missing)
+    _check_space(folder, to_come * sum(4 * net.widths[name] for name in names))
+    progress = Progress(to_come, label)
+    for part in missing:
+        features = _compute(images, net, names, part, chunk_size)
+        _store(_path(folder, part.start), features)
+        _place(found, features, part.start, len(images))
+        progress.add(len(part))
+    return found
 
 
 def collect(
@@ -76,18 +79,93 @@ def collect(
         images: the set.
         net: what they are features of.
         names: which features.
-        chunk_size: images made and held at a time.
+        chunk_size: images read, or made, at a time.
 
     Raises:
         ValueError: if an image cannot be read, or features are not finite.
     """
-    parts = []
-    for first in range(0, len(images), chunk_size):
-        stop = min(first + chunk_size, len(images))
-        features = net.extract(images.read(first, stop), names)
-        check_finite(features, first)
-        parts.append(features)
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+    found: dict[str, np.ndarray] = {}
+    first = 0
+    for features in stream(images, net, names, range(len(images)), chunk_size=chunk_size):
+        first += _place(found, features, first, len(images))
+    return found
+
+
+def collect_statistics(
+    images: ImageSet, net: FeatureNet, names: Sequence[str], *, chunk_size: int
+) -> dict[str, Statistics]:
+    """Return the statistics of features of all images, the same as those of `collect`'s arrays.
+
+    Memory does not grow with the images; arguments and errors as there.
+    """
+    found: dict[str, Statistics] = {}
+    for first in range(0, len(images), BLOCK_ROWS):
+        part = range(first, min(first + BLOCK_ROWS, len(images)))
+        parts = list(stream(images, net, names, part, chunk_size=chunk_size))
+        for name in names:
+            add_statistics(found, name, np.concatenate([features[name] for features in parts]))
+    return found
+
+
+def add_statistics(found: dict[str, Statistics], name: str, rows: np.ndarray) -> None:
+    """Add features of more images, `BLOCK_ROWS` of them but at the end, to the statistics."""
+    part = Statistics.of_features(rows)
+    found[name] = found[name].merge(part) if name in found else part
+
+
+def stream(
+    images: ImageSet, net: FeatureNet, names: Sequence[str], part: range, *, chunk_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield features of some of the images, each [b, width], as many at a time as suit the net.
+
+    Args:
+        images: the set.
+        net: what they are features of.
+        names: which features.
+        part: numbers of the images, one after another.
+        chunk_size: images read, or made, at a time.
+
+    Raises:
+        ValueError: if an image cannot be read, or features are not finite.
+    """
+    for span in _split(len(part), chunk_size, net):
+        yield _compute(images, net, names, part[span.start : span.stop], chunk_size)
+
+
+def _split(count: int, chunk_size: int, net: FeatureNet) -> list[range]:
+    """Return the numbers of images that are given to the net together.
+
+    Whole chunks, as many as its batch has room for: where it pads what it is given, a net on many
+    devices would compute padding for the most part. A part is the same however often it is made.
+    """
+    size = chunk_size * max(1, net.batch_size // chunk_size)
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _compute(
+    images: ImageSet, net: FeatureNet, names: Sequence[str], part: range, chunk_size: int
+) -> dict[str, np.ndarray]:
+    chunks = [
+        images.read(first, min(first + chunk_size, part.stop))
+        for first in range(part.start, part.stop, chunk_size)
+    ]
+    features = net.extract(chunks[0] if len(chunks) == 1 else np.concatenate(chunks), names)
+    check_finite(features, part.start)
+    return features
+
+
+def _place(
+    found: dict[str, np.ndarray], features: Mapping[str, np.ndarray], first: int, count: int
+) -> int:
+    """Put features of images from the number `first` on into arrays of all; return how many."""
+    rows = 0
+    for name, values in features.items():
+        rows = len(values)
+        # Made once in full: joined at the end, features would be held twice.
+        if name not in found:
+            found[name] = np.empty((count, *values.shape[1:]), values.dtype)
+        found[name][first : first + rows] = values
+    return rows
 
 
 def check_finite(features: Mapping[str, np.ndarray], first: int) -> None:
@@ -113,14 +191,18 @@ def _path(folder: pathlib.Path, first: int) -> pathlib.Path:
     return folder / f"{first:09}.npz"
 
 
-def _load(path: pathlib.Path, names: Sequence[str]) -> Mapping[str, np.ndarray] | None:
+def _load(
+    path: pathlib.Path, names: Sequence[str], part: range, net: FeatureNet
+) -> Mapping[str, np.ndarray] | None:
     """Return a shard; `None` if there is none, or it is damaged, and has to be made again."""
     try:
         # Opened here: where numpy finds damage, it leaves the closing to chance.
         with open(path, "rb") as file, np.load(file) as stored:
-            return {name: stored[name] for name in names}
+            features = {name: stored[name] for name in names}
     except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
+    fits = all(x.shape == (len(part), net.widths[name]) for name, x in features.items())
+    return features if fits else None
 
 
 def _store(path: pathlib.Path, features: Mapping[str, np.ndarray]) -> None:

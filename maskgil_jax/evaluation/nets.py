@@ -13,13 +13,11 @@ from jaxtyping import UInt8
 from maskgil_jax.build.models import resolve_path
 from maskgil_jax.checkpoints import read_model_dir
 from maskgil_jax.evals import digit_net
-from maskgil_jax.evals.extractor import FeatureExtractor
+from maskgil_jax.evals.extractor import FeatureExtractor, default_batch_size, local_mesh
 from maskgil_jax.evals.inception import INPUT_SIDE, Inception
 from maskgil_jax.evaluation.protocols import DIGIT_NET, INCEPTION
 from maskgil_jax.loading import load_inception
 from maskgil_jax.tokenizers.base import update_digest
-
-_DIGIT_BATCH = 256
 
 
 @runtime_checkable
@@ -31,6 +29,7 @@ class FeatureNet(Protocol):
         fingerprint: of its weights.
         resize: what it does to images of other sizes than its own, in words.
         widths: values of each feature: `pool` and `logits`, and `spatial` or `pixels`.
+        batch_size: images that it computes at once; fewer in a call are filled up to as many.
         notes: what has to be said of figures on its features.
     """
 
@@ -55,6 +54,11 @@ class FeatureNet(Protocol):
         ...
 
     @property
+    def batch_size(self) -> int:
+        """Images that it computes at once."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What has to be said of figures on its features."""
         ...
@@ -66,7 +70,10 @@ class FeatureNet(Protocol):
     def extract(
         self, images: UInt8[np.ndarray, "b H W c"], names: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """Return some of the features, each [b, width], the same however images are batched."""
+        """Return some of the features, each [b, width].
+
+        However images are batched, they are the same up to the rounding of float32.
+        """
         ...
 
 
@@ -83,6 +90,7 @@ class DigitNet:
 
     name = DIGIT_NET
     resize = "none: images must have its 32×32 pixels"
+    batch_size = 256
     notes: tuple[str, ...] = ()
     widths: Mapping[str, int] = {**digit_net.WIDTHS, "pixels": digit_net.SIDE**2 * 3}
 
@@ -111,10 +119,10 @@ class DigitNet:
     ) -> dict[str, np.ndarray]:
         """Return some of `pool`, `logits` and `pixels`."""
         parts = []
-        for start in range(0, len(images), _DIGIT_BATCH):
-            batch = images[start : start + _DIGIT_BATCH]
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
             # One size of batch: compiled once, and the same sums for the same image.
-            room = [(0, _DIGIT_BATCH - len(batch))] + [(0, 0)] * 3
+            room = [(0, self.batch_size - len(batch))] + [(0, 0)] * 3
             found = self._run(self._params, np.pad(batch, room))
             parts.append({name: np.asarray(x)[: len(batch)] for name, x in found.items()})
         features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -145,6 +153,11 @@ class InceptionNet:
     def widths(self) -> Mapping[str, int]:
         """Values of each feature."""
         return self._inception.config.widths()
+
+    @property
+    def batch_size(self) -> int:
+        """Images that all devices of this process compute at once."""
+        return default_batch_size(local_mesh())
 
     @property
     def notes(self) -> tuple[str, ...]:
