@@ -19,7 +19,7 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ import numpy as np
 from maskgil_jax import bulk, workdir
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.evals.features import BLOCK_ROWS
-from maskgil_jax.evals.frechet import Statistics, load_statistics, save_statistics
-from maskgil_jax.evaluation.extraction import check_finite
+from maskgil_jax.evals.frechet import Statistics, load_array, load_statistics, save_statistics
+from maskgil_jax.evaluation.extraction import add_statistics, stream
 from maskgil_jax.evaluation.image_sets import ImageSet, SourceImages, open_images
 from maskgil_jax.evaluation.nets import FeatureNet, open_net
 from maskgil_jax.evaluation.protocols import find_protocol
@@ -123,56 +123,52 @@ def gather(
         chosen: numbers of the images whose features are returned.
         batch_size: images at a time.
     """
-    pool, spatial, kept = _load_state(work)
-    done = 0 if pool is None else pool.count or 0
-    progress = bulk.Progress(len(images) - done)
     names = [name for name in ("pool", "spatial") if name in net.widths]
+    found, kept = _load_state(work, {name: net.widths[name] for name in names}, chosen, len(images))
+    done = found["pool"].count or 0 if found else 0
+    progress = bulk.Progress(len(images) - done)
     for start in range(done, len(images), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(images))
-        parts = list(_extract(images, net, names, start, stop, batch_size, progress))
-        block = {name: np.concatenate([part[name] for part in parts]) for name in names}
-        pool = _add(pool, block["pool"])
-        if "spatial" in block:
-            spatial = _add(spatial, block["spatial"])
-        rows = chosen[(chosen >= start) & (chosen < stop)] - start
-        kept = block["pool"][rows] if kept is None else np.concatenate([kept, block["pool"][rows]])
-        save_statistics(work / _STATE, pool, spatial, features=kept)
-    assert pool is not None
-    assert kept is not None
-    return pool, spatial, kept
+        block = range(start, min(start + BLOCK_ROWS, len(images)))
+        parts = []
+        for features in stream(images, net, names, block, chunk_size=batch_size):
+            parts.append(features)
+            progress.add(len(features["pool"]))
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        for name in names:
+            add_statistics(found, name, rows[name])
+        kept.append(rows["pool"][chosen[(chosen >= start) & (chosen < block.stop)] - start])
+        save_statistics(
+            work / _STATE, found["pool"], found.get("spatial"), features=np.concatenate(kept)
+        )
+    return found["pool"], found.get("spatial"), np.concatenate(kept)
 
 
-def _extract(
-    images: ImageSet,
-    net: FeatureNet,
-    names: Sequence[str],
-    start: int,
-    stop: int,
-    batch_size: int,
-    progress: bulk.Progress,
-) -> Iterator[Mapping[str, np.ndarray]]:
-    for first in range(start, stop, batch_size):
-        features = net.extract(images.read(first, min(first + batch_size, stop)), names)
-        check_finite(features, first)
-        yield features
-        progress.add(min(batch_size, stop - first))
+def _load_state(
+    work: pathlib.Path, widths: Mapping[str, int], chosen: np.ndarray, count: int
+) -> tuple[dict[str, Statistics], list[np.ndarray]]:
+    """Return statistics and features that were gathered, or nothing.
 
-
-def _add(total: Statistics | None, rows: np.ndarray) -> Statistics:
-    part = Statistics.of_features(rows)
-    return part if total is None else total.merge(part)
-
-
-def _load_state(work: pathlib.Path) -> tuple[Statistics | None, Statistics | None, Any]:
+    Raises:
+        ValueError: if they are damaged, or not what this tool stores.
+    """
     file = work / _STATE
     if not file.exists():
-        return None, None, None
+        return {}, []
     try:
         pool, spatial = load_statistics(file)
-        with np.load(file) as stored:
-            return pool, spatial, stored[FEATURES]
-    except (ValueError, KeyError) as error:
+        found = {"pool": pool} | ({} if spatial is None else {"spatial": spatial})
+        done = pool.count or 0
+        if done != count and (done == 0 or done > count or done % BLOCK_ROWS):
+            raise ValueError(f"it is of {done} images")
+        if {name: part.width for name, part in found.items()} != dict(widths):
+            raise ValueError("it is of other features")
+        kept = load_array(file, FEATURES)
+        shape = (np.count_nonzero(chosen < done), pool.width)
+        if kept is None or kept.shape != shape:
+            raise ValueError("single features are missing")
+    except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); remove {work} to begin anew") from error
+    return found, [kept]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +190,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = record | {
         "batch_size": args.batch_size,
         "jax": jax.__version__,
+        "numpy": np.__version__,
         "platform": jax.default_backend(),
+        "devices": jax.device_count(),
     }
     work = args.out.with_name(f".{args.out.name}.work")
     work.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,18 @@ from jaxtyping import Float, Float64
 
 from maskgil_jax.evals.features import BLOCK_ROWS, as_features, check_same_width
 
+# What reading a damaged archive raises: a changed bit may ask for a password, for a compression
+# that nobody knows, for a place before the file's beginning, or for more memory than there is.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Statistics:
@@ -217,16 +229,7 @@ def load_statistics(path: str | os.PathLike[str]) -> tuple[Statistics, Statistic
         ValueError: no `.npz`, `mu` or `sigma` or half of the spatial pair is missing, or they are
             no statistics.
     """
-    try:
-        with open(path, "rb") as file:
-            stored = np.load(file)
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            names = sorted(stored.files)
-            keys = ("mu", "sigma", "mu_s", "sigma_s", "count")
-            arrays = {key: stored[key] for key in keys if key in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an .npz of arrays: {error}") from error
+    names, arrays = _read_arrays(path, ("mu", "sigma", "mu_s", "sigma_s", "count"))
     wanted = ["mu", "sigma"]
     if "mu_s" in arrays or "sigma_s" in arrays:
         wanted += ["mu_s", "sigma_s"]
@@ -256,16 +259,44 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         FileNotFoundError: there is no such file.
         ValueError: no `.npz`, or the record is no JSON object.
     """
+    arrays = _read_arrays(path, ("record",))[1]
+    if not arrays:
+        return None
     try:
-        with open(path, "rb") as file, np.load(file) as stored:
-            if "record" not in stored.files:
-                return None
-            record = json.loads(str(stored["record"]))
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        record = json.loads(str(arrays["record"]))
+    except ValueError as error:
         raise ValueError(f"the record of {path} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"the record of {path} is {type(record).__name__}, no object")
     return record
+
+
+def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray | None:
+    """Read another array of a file of statistics; `None` if it has none of that name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no `.npz`, or it is damaged.
+    """
+    return _read_arrays(path, (name,))[1].get(name)
+
+
+def _read_arrays(
+    path: str | os.PathLike[str], keys: Iterable[str]
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Return the names of all arrays of an `.npz`, and those of `keys` that are there."""
+    try:
+        # Opened here: where numpy finds damage, it leaves the closing to chance.
+        with open(path, "rb") as file:
+            stored = np.load(file)
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            names = sorted(stored.files)
+            return names, {key: stored[key] for key in keys if key in names}
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path} cannot be read as an .npz of arrays: {error}; copy or make it anew"
+        ) from error
 
 
 def _read_pair(

@@ -15,7 +15,7 @@ import numpy as np
 from maskgil_jax import __version__
 from maskgil_jax.checkpoints import file_sha256
 from maskgil_jax.evals.features import as_features
-from maskgil_jax.evals.frechet import Statistics, load_record, load_statistics
+from maskgil_jax.evals.frechet import Statistics, load_array, load_record, load_statistics
 from maskgil_jax.evaluation.image_sets import DigitImages, ImageSet, list_arrays, open_images
 from maskgil_jax.evaluation.nets import FeatureNet, describe_net
 from maskgil_jax.evaluation.protocols import NEED_REAL_IMAGES, Protocol
@@ -133,10 +133,14 @@ def _open_statistics(protocol: Protocol, net: FeatureNet, path: pathlib.Path) ->
         )
     names = list_arrays(path)
     images = open_images(path) if "arr_0" in names else None
-    features = None
-    if FEATURES in names:
-        with np.load(path) as stored:
-            features = as_features(f"{FEATURES} of {path}", stored[FEATURES])
+    features = load_array(path, FEATURES)
+    if features is not None:
+        as_features(f"{FEATURES} of {path}", features)
+    if features is not None and features.shape[1] != statistics.width:
+        raise ValueError(
+            f"{path} has statistics of {statistics.width} features, but single images of "
+            f"{features.shape[1]}: make it again"
+        )
     notes: tuple[str, ...] = ()
     if record is None:
         notes = (
@@ -183,6 +187,11 @@ def _check_record(
             f"{path} has a record of format {record.get('format')!r}; this code reads "
             f"{RECORD_FORMAT!r}: make it again"
         )
+    if wrong := _find_wrong(record):
+        raise ValueError(
+            f"the record of {path} lacks {wrong}, or what it has there is none: it was changed "
+            "after tools/make_fid_stats.py; make it again"
+        )
     if record["protocol"] != protocol.name:
         raise ValueError(
             f"{path} is a reference from another protocol: {record['protocol']}, not "
@@ -194,6 +203,19 @@ def _check_record(
             f"{record['net']['fingerprint'][:12]}…, but samples are seen by {net.name} with "
             f"{net.fingerprint[:12]}…; make it again with these weights"
         )
+
+
+def _find_wrong(record: Mapping[str, Any]) -> str:
+    """Return which part of a record is missing or of another type; empty if all are there."""
+    net, shape = record.get("net"), record.get("image_shape")
+    if not isinstance(record.get("protocol"), str):
+        return "protocol"
+    for name in ("name", "fingerprint"):
+        if not isinstance(net, Mapping) or not isinstance(net.get(name), str):
+            return f"net.{name}"
+    if not isinstance(shape, list) or [type(side) for side in shape] != [int] * 3:
+        return "image_shape"
+    return ""
 
 
 def make_record(protocol: str, net: FeatureNet, images: ImageSet) -> dict[str, Any]:

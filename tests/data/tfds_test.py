@@ -1,15 +1,12 @@
 import io
-import itertools
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from fake_tfds import write_dataset
 from PIL import Image
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from maskgil_jax.data.errors import DatasetError, ImageReadError
 from maskgil_jax.data.tfds import TFDSSource
@@ -23,47 +20,8 @@ def encode(value):
     return file.getvalue()
 
 
-def prepare(
-    data_dir, *, version="1.9.0", file_format="array_record", encode=encode, label=lambda i: i % 3
-):
-    """Write what `tfds build` writes, without TensorFlow: 3 + 2 training, 2 validation images."""
-    folder = data_dir / "shapes" / version
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "picture": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(names=["circle", "square", "star"]),
-            "title": tfds.features.Text(),
-        }
-    )
-    identity = DatasetIdentity("shapes", tfds.core.Version(version), str(folder), __name__)
-    info = tfds.core.DatasetInfo(builder=identity, features=features, description="", homepage="")
-    info.set_file_format(file_format)
-    splits = []
-    for split, shard_lengths in {"train": [3, 2], "validation": [2]}.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="shapes", split=split, filetype_suffix=file_format
-        )
-        numbers = itertools.count()
-        for shard, length in enumerate(shard_lengths):
-            path = template.sharded_filepath(shard_index=shard, num_shards=len(shard_lengths))
-            writer = ArrayRecordWriter(str(path), "group_size:1")
-            for i in itertools.islice(numbers, length):
-                record = {
-                    "picture": io.BytesIO(encode(i)),
-                    "label": label(i),
-                    "title": f"number {i}",
-                }
-                writer.write(features.serialize_example(record))
-            writer.close()
-        splits.append(
-            tfds.core.SplitInfo(
-                name=split, shard_lengths=shard_lengths, num_bytes=1, filename_template=template
-            )
-        )
-    info.set_splits(tfds.core.splits.SplitDict(splits))
-    info.write_to_directory(folder)
-    return folder
+def prepare(data_dir, *, encode=encode, **options):
+    return write_dataset(data_dir, encode=encode, **options)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,45 @@ def test_a_reference_from_elsewhere_is_refused(tmp_path, asked, options, message
         open_reference(find_protocol(asked), NET, path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"protocol": None}, "protocol"),
+        ({"net": None}, "net.name"),
+        ({"net": {"name": "inception-fid"}}, "net.fingerprint"),
+        ({"net": "inception-fid"}, "net.name"),
+        ({"image_shape": None}, "image_shape"),
+        ({"image_shape": [8, "6", 3]}, "image_shape"),
+        ({"image_shape": 8}, "image_shape"),
+    ],
+)
+def test_an_incomplete_record_is_named(tmp_path, changes, lacking):
+    record = make_record("val", NET, FakeImages(12)) | changes
+    record = {name: value for name, value in record.items() if value is not None}
+    features = NET.extract(make_pixels(12), ("pool",))["pool"]
+    save_statistics(tmp_path / "x.npz", Statistics.of_features(features), record=record)
+    message = rf"the record of .*x\.npz lacks {lacking}, .*make it again"
+    with pytest.raises(ValueError, match=message):
+        open_reference(VAL, NET, tmp_path / "x.npz")
+
+
+def test_single_features_of_another_width_are_refused(tmp_path):
+    path = make_file(tmp_path / "x.npz", features=np.ones((5, 3), np.float32))
+    with pytest.raises(ValueError, match=r"statistics of 4 features, but single images of 3"):
+        open_reference(VAL, NET, path)
+
+
+def test_damaged_single_features_are_named(tmp_path):
+    features = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
+    path = make_file(tmp_path / "x.npz", features=features)
+    content = bytearray(path.read_bytes())
+    place = content.index(features.tobytes())
+    content[place + 100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.npz cannot be read .*pool.*; copy or make it anew"):
+        open_reference(VAL, NET, path)
+
+
 def test_the_adm_file_has_statistics_and_images(tmp_path):
     path = make_file(tmp_path / "x.npz", protocol=None)
     with np.load(path) as stored:
