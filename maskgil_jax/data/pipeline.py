@@ -2,10 +2,14 @@
 
 Record order and every random draw are a function of (seed, position in the global stream), where
 batch t of the run holds positions t·B … (t+1)·B - 1 whatever the number of processes. So the whole
-state of the iterator is the number of batches given out.
+state of the iterator is the number of batches given out. Of several sources, one for each size of
+images, the t-th batch comes from one that t alone decides.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import grain
@@ -77,8 +81,7 @@ def make_loader(
     _check_shares(batch_size, process_index, process_count, drop_remainder)
     _check_counts(len(source), batch_size, num_epochs, drop_remainder)
     _check_threads(num_threads, prefetch)
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed = {seed}; allowed 0..{MAX_SEED}")
+    _check_seed(seed)
 
     records = grain.MapDataset.source(source).seed(seed)
     if shuffle:
@@ -88,11 +91,7 @@ def make_loader(
         records = records.random_map(transform)
     _check_record(source.name, records[0])
 
-    batches = records.batch(
-        batch_size // process_count, drop_remainder=drop_remainder, batch_fn=_stack
-    )
-    whole = len(batches) // process_count * process_count
-    batches = batches.slice(slice(process_index, whole, process_count))
+    batches = _share(records, batch_size, process_index, process_count, drop_remainder)
     read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     identity = {
         "source": source.name,
@@ -102,6 +101,108 @@ def make_loader(
         "shuffle": shuffle,
     }
     return _Loader(iter(batches.to_iter_dataset(read_options)), identity)
+
+
+def make_bucketed_loader(
+    sources: Mapping[tuple[int, int], Source],
+    *,
+    batch_size: int,
+    seed: int,
+    make_transform: Callable[[tuple[int, int]], Transform] | None = None,
+    weights: Mapping[tuple[int, int], float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> grain.DatasetIterator:
+    """Make the endless iterator over one process's share of batches that are of one bucket each.
+
+    The buckets take turns in proportion to their weights, evenly spread: after t batches a bucket
+    of share w has had w·t of them, give or take one or two. Which bucket has the t-th batch depends
+    on t alone, so that it is the same in every process. Inside a bucket all is as in `make_loader`:
+    order and draws of its own, processes that share each global batch, and a source smaller than a
+    batch repeated within it. Its weight being its number of records, each is then seen as often as
+    those of large buckets.
+
+    The first record of every bucket is read, transformed and checked here. State and errors are
+    those of `make_loader`; the state is one counter, whatever the number of buckets.
+
+    Args:
+      sources: size (height, width) → data set, such as those of `buckets.split_by_bucket`.
+      batch_size: global, over all processes, of every bucket.
+      seed: 0..2**32 - 1, the same in every process.
+      make_transform: size → transform of that bucket's records.
+      weights: size → relative number of batches, more than 0, to within a hundredth of the least;
+        by default the number of records.
+      process_index, process_count: this process's place.
+      shuffle: new order every epoch; otherwise the source's.
+      num_threads: threads that prepare batches; 0 prepares each when asked for.
+      prefetch: batches kept ready, at least `num_threads`; unused without threads.
+
+    Raises:
+      ValueError: an argument out of range, no sources, weights of other sizes, a batch not
+        divisible by the processes, or records that are no dicts of stackable arrays or that have
+        other fields than those of another bucket.
+    """
+    _check_shares(batch_size, process_index, process_count, True)
+    _check_threads(num_threads, prefetch)
+    _check_seed(seed)
+    sizes = sorted(sources)
+    shares = _check_weights(sources, weights)
+
+    datasets = []
+    fields: dict[str, Any] | None = None
+    for size in sizes:
+        _check_counts(len(sources[size]), batch_size, None, True)
+        # Of its own, or buckets of equal length would have the same order and draws.
+        own_seed = int(np.random.SeedSequence((seed, *size)).generate_state(1)[0])
+        records = grain.MapDataset.source(sources[size]).seed(own_seed)
+        if shuffle:
+            records = records.shuffle()
+        records = records.repeat()
+        if make_transform is not None:
+            records = records.random_map(make_transform(size))
+        first = records[0]
+        _check_record(sources[size].name, first)
+        fields = first if fields is None else fields
+        if first.keys() != fields.keys():
+            raise ValueError(
+                f"buckets have different fields: {sizes[0]} has {sorted(fields)}, {size} has "
+                f"{sorted(first)}"
+            )
+        datasets.append(_share(records, batch_size, process_index, process_count, True))
+
+    batches = grain.MapDataset.mix(datasets, shares)
+    read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    buckets = [
+        [*size, sources[size].name, len(sources[size]), share]
+        for size, share in zip(sizes, shares, strict=True)
+    ]
+    identity = {
+        "num_buckets": len(sizes),
+        "num_records": sum(map(len, sources.values())),
+        "buckets_sha256": hashlib.sha256(json.dumps(buckets).encode()).hexdigest(),
+        "batch_size": batch_size,
+        "seed": seed,
+        "shuffle": shuffle,
+    }
+    return _Loader(iter(batches.to_iter_dataset(read_options)), identity)
+
+
+def _share(
+    records: grain.MapDataset,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    drop_remainder: bool,
+) -> grain.MapDataset:
+    """Batch the records of the global stream, and keep one process's slice of every batch."""
+    batches = records.batch(
+        batch_size // process_count, drop_remainder=drop_remainder, batch_fn=_stack
+    )
+    whole = len(batches) // process_count * process_count
+    return batches.slice(slice(process_index, whole, process_count))
 
 
 class _Loader(grain.DatasetIterator):
@@ -179,6 +280,31 @@ def _check_shares(
             f"drop_remainder = False with {process_count} processes: the last batch cannot be "
             "shared equally; use one process or drop the remainder"
         )
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed = {seed}; allowed 0..{MAX_SEED}")
+
+
+def _check_weights(
+    sources: Mapping[tuple[int, int], Source], weights: Mapping[tuple[int, int], float] | None
+) -> list[float]:
+    """Return the weights in the order of the sizes."""
+    if not sources:
+        raise ValueError("there are no buckets; give at least one source")
+    if weights is None:
+        return [float(len(sources[size])) for size in sorted(sources)]
+    if weights.keys() != sources.keys():
+        missing, extra = sorted(sources.keys() - weights), sorted(weights.keys() - sources)
+        raise ValueError(
+            f"weights of other buckets: {len(missing)} missing {missing[:5]}, {len(extra)} extra "
+            f"{extra[:5]}"
+        )
+    for size, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight {weight} of bucket {size}; give more than 0, or leave it out")
+    return [float(weights[size]) for size in sorted(sources)]
 
 
 def _check_counts(

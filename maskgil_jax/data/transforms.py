@@ -31,17 +31,18 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """Resize the shorter side to `size` pixels and crop the central square.
+    """Make the image as small as covers `size`, and crop the middle.
+
+    `size` in pixels is the side of a square, or height and width.
 
     Raises:
       ValueError: `size` is not positive.
     """
 
-    size: int
+    size: int | tuple[int, int]
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size = {self.size}; give at least 1 pixel")
+        _as_sides(self.size)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Record:
         """Crop the image."""
@@ -50,9 +51,11 @@ class CenterCrop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizedRandomCrop:
-    """Resize the shorter side a little beyond `size` pixels and cut a random square.
+    """Make the image a little larger than covers `size`, and cut a random window of `size`.
 
-    The square holds between `min_share` and all of the shorter side, drawn uniformly by the pixel.
+    `size` in pixels is the side of a square, or height and width. The window holds between
+    `min_share` and all of what fits into the image along its tighter side, drawn uniformly by the
+    pixel.
 
     Raises:
       ValueError: `size` is not positive, or `min_share` is not in (0, 1].
@@ -61,20 +64,22 @@ class ResizedRandomCrop:
     which LlamaGen's tokenizers were trained.
     """
 
-    size: int
+    size: int | tuple[int, int]
     min_share: float = 0.8
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size = {self.size}; give at least 1 pixel")
+        _as_sides(self.size)
         if not 0 < self.min_share <= 1:
             raise ValueError(f"min_share = {self.min_share}; allowed: more than 0, at most 1")
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Record:
         """Draw size and place, and crop the image."""
-        side = int(rng.integers(self.size, math.ceil(self.size / self.min_share) + 1))
-        resized = record | {"image": resize_shorter(record["image"], side)}
-        return RandomCrop(size=(self.size, self.size))(resized, rng)
+        sides = _as_sides(self.size)
+        longer = max(sides)
+        drawn = int(rng.integers(longer, math.ceil(longer / self.min_share) + 1))
+        height, width = (round(side * drawn / longer) for side in sides)
+        resized = record | {"image": resize_to_cover(record["image"], (height, width))}
+        return RandomCrop(size=sides)(resized, rng)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,29 +192,48 @@ class ToFloat:
         return record | {"image": to_float(record["image"])}
 
 
-def center_crop(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """Return the central square, its side resized to `size` pixels.
+def center_crop(
+    image: UInt8[np.ndarray, "H W 3"], size: int | tuple[int, int]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Return the largest central window of the shape of `size`, resized to `size` pixels.
+
+    `size` is the side of a square, or height and width.
 
     Reference: openai/guided-diffusion, guided_diffusion/image_datasets.py (center_crop_arr).
     """
-    pixels = resize_shorter(image, size)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    height, width = _as_sides(size)
+    pixels = resize_to_cover(image, (height, width))
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
-def resize_shorter(image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Resize so that the shorter side has `side` pixels.
+def resize_to_cover(
+    image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Resize so that `size` (height, width) just fits into the image, whose shape is kept.
 
-    Halved by 2×2 boxes while the shorter side is at least twice that, then bicubic: as the images
-    of the ImageNet reference statistics.
+    Halved by 2×2 boxes while it is at least twice as large as that, then bicubic: as the images of
+    the ImageNet reference statistics.
     """
+    height, width = size
     picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * side:
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         halved = (picture.width // 2, picture.height // 2)
         picture = picture.resize(halved, Image.Resampling.BOX)
-    scale = side / min(picture.size)
-    scaled = (round(picture.width * scale), round(picture.height * scale))
+    scale = max(width / picture.width, height / picture.height)
+    scaled = (
+        max(width, round(picture.width * scale)),
+        max(height, round(picture.height * scale)),
+    )
     return np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC))
+
+
+def _as_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"size = {size}; give at least 1 pixel")
+    return height, width
 
 
 def warp_affine(

@@ -159,3 +159,30 @@ def test_chain_runs_in_order_and_leaves_the_record_alone(image):
 def test_values_out_of_range_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("crop", [CenterCrop, ResizedRandomCrop])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (100, 37), (5, 9), (64, 16), (33, 31)])
+def test_crops_are_of_any_shape(crop, shape):
+    noise = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    for size in [(16, 48), (24, 8), (16, 16)]:
+        for seed in range(5):
+            assert apply(crop(size=size), noise, seed).shape == (*size, 3)
+    np.testing.assert_array_equal(
+        apply(crop(size=(16, 16)), noise, 3), apply(crop(size=16), noise, 3)
+    )
+    with pytest.raises(ValueError, match=r"size = \(16, 0\)"):
+        crop(size=(16, 0))
+
+
+def test_a_crop_of_another_shape_is_the_middle_of_the_image():
+    noise = np.random.default_rng(2).integers(0, 256, (16, 31, 3), np.uint8)
+    np.testing.assert_array_equal(center_crop(noise, (8, 31)), noise[4:12])
+    np.testing.assert_array_equal(center_crop(noise, (16, 21)), noise[:, 5:26])
+
+
+def test_a_random_window_of_a_bucket_holds_most_of_what_fits():
+    wide = np.broadcast_to(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (100, 100, 3))
+    crops = [apply(ResizedRandomCrop(size=(20, 40)), wide, s).astype(int) for s in range(200)]
+    shares = np.array([(crop[0, -1, 0] - crop[0, 0, 0]) / 200 for crop in crops])
+    assert 0.74 <= shares.min() < 0.8 < 0.95 < shares.max() <= 1
