@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 from PIL import Image
 
 from maskgil_jax.data.digits import IMAGE_SIZE, SPLITS, digits_arrays
@@ -171,8 +172,45 @@ def draw_scene(
     _check_split(split)
     _check_size(size)
     count = int(rng.integers(1, MAX_DIGITS + 1))
-    rows = _draw_rows(rng, split, count)
+    kinds = rng.integers(10, size=count)
+    if rng.random() < SAME_DIGIT_SHARE:
+        kinds[:] = kinds[0]
+    rows = _draw_rows(rng, split, kinds.tolist())
     colours = [tuple(COLOURS)[i] for i in rng.integers(len(COLOURS), size=count)]
+    return _paint(rng, split, size, rows, colours)
+
+
+def draw_digits(
+    rng: np.random.Generator,
+    split: str,
+    size: Size,
+    digits: Sequence[int],
+    colours: Sequence[str],
+) -> tuple[UInt8[np.ndarray, "H W 3"], Scene]:
+    """Draw the given digits in the given colours, else as `draw_scene` does.
+
+    Raises:
+      ValueError: unknown split, a size that is not allowed, not one to three digits with a colour
+        each, or digits or colours that there are not.
+    """
+    _check_split(split)
+    _check_size(size)
+    if not 1 <= len(digits) == len(colours) <= MAX_DIGITS:
+        raise ValueError(
+            f"{len(digits)} digits and {len(colours)} colours; allowed: 1 to {MAX_DIGITS} digits, "
+            "and a colour for each"
+        )
+    for digit, colour in zip(digits, colours, strict=True):
+        if digit not in range(10) or colour not in COLOURS:
+            raise ValueError(
+                f"digit {digit!r} in {colour!r}; allowed: 0..9 in one of {', '.join(COLOURS)}"
+            )
+    return _paint(rng, split, size, _draw_rows(rng, split, digits), colours)
+
+
+def _paint(
+    rng: np.random.Generator, split: str, size: Size, rows: list[int], colours: Sequence[str]
+) -> tuple[UInt8[np.ndarray, "H W 3"], Scene]:
     inks, boxes = _arrange(rng, split, rows, size)
 
     image = np.zeros((*size, 3), np.uint8)
@@ -185,13 +223,10 @@ def draw_scene(
     return image, Scene(size=size, objects=tuple(objects))
 
 
-def _draw_rows(rng: np.random.Generator, split: str, count: int) -> list[int]:
-    """Choose digits of the split: of any kind, or all of one kind."""
-    labels = _load_scans(split)[1]
-    kinds = rng.integers(10, size=count)
-    if rng.random() < SAME_DIGIT_SHARE:
-        kinds[:] = kinds[0]
-    return [int(rng.choice(np.flatnonzero(labels == kind))) for kind in kinds]
+def _draw_rows(rng: np.random.Generator, split: str, digits: Sequence[int]) -> list[int]:
+    """Choose a scan of the split for each digit."""
+    rows = _rows_by_digit(split)
+    return [int(rng.choice(rows[digit])) for digit in digits]
 
 
 def _arrange(
@@ -202,31 +237,31 @@ def _arrange(
     Ends soon: three digits at their smallest fit on the smallest canvas in most arrangements.
     """
     while True:
-        free = np.ones(size, bool)
-        inks, boxes = [], []
+        inks: list[np.ndarray] = []
+        boxes: list[tuple[int, int, int, int]] = []
         for row in rows:
             ink = _render(rng, split, row)
-            corners = _free_corners(free, ink.shape)
-            if not corners.any():
+            corners = _free_corners(boxes, ink.shape, size)
+            if not corners.size:
                 break
-            top, left = divmod(int(rng.choice(np.flatnonzero(corners))), size[1])
-            bottom, right = top + ink.shape[0], left + ink.shape[1]
+            top, left = divmod(int(rng.choice(corners)), size[1])
             inks.append(ink)
-            boxes.append((top, left, bottom, right))
-            free[max(top - GAP_PX, 0) : bottom + GAP_PX, max(left - GAP_PX, 0) : right + GAP_PX] = 0
+            boxes.append((top, left, top + ink.shape[0], left + ink.shape[1]))
         if len(boxes) == len(rows):
             return inks, boxes
 
 
-def _free_corners(free: Bool[np.ndarray, "H W"], shape: Size) -> Bool[np.ndarray, "H W"]:
-    """Mark every pixel that can be the top left corner of a free rectangle of `shape`."""
+def _free_corners(
+    boxes: list[tuple[int, int, int, int]], shape: tuple[int, ...], size: Size
+) -> Int[np.ndarray, " n"]:
+    """Return every pixel, counted row by row, where the top left corner of `shape` can be."""
     height, width = shape
-    taken = np.pad(np.cumsum(np.cumsum(~free, axis=0), axis=1), ((1, 0), (1, 0)))
-    inside = taken[height:, width:] - taken[:-height, width:] - taken[height:, :-width]
-    corners = np.zeros(free.shape, bool)
-    fits = inside + taken[:-height, :-width] == 0
-    corners[: fits.shape[0], : fits.shape[1]] = fits
-    return corners
+    free = np.zeros(size, bool)
+    free[: max(size[0] - height + 1, 0), : max(size[1] - width + 1, 0)] = True
+    for top, left, bottom, right in boxes:
+        rows = slice(max(top - GAP_PX - height + 1, 0), bottom + GAP_PX)
+        free[rows, max(left - GAP_PX - width + 1, 0) : right + GAP_PX] = False
+    return np.flatnonzero(free)
 
 
 def _render(rng: np.random.Generator, split: str, row: int) -> Float32[np.ndarray, "_ _"]:
@@ -238,18 +273,19 @@ def _render(rng: np.random.Generator, split: str, row: int) -> Float32[np.ndarra
     middle = side / 2
     x0 = IMAGE_SIZE / 2 - (a + b) * middle
     y0 = IMAGE_SIZE / 2 - (a - b) * middle
-    scan = Image.fromarray(_load_scans(split)[0][row])
     # Pillow wants the way back: for each pixel of the result, where it comes from.
-    turned = scan.transform(
+    turned = _load_pictures(split)[row].transform(
         (side, side),
         Image.Transform.AFFINE,
         (a, b, x0, -b, a, y0),
         resample=Image.Resampling.BICUBIC,
     )
-    ink = ((np.asarray(turned) - _PAPER) / (_FULL - _PAPER)).clip(0, 1).astype(np.float32)
+    ink = np.asarray(turned) - np.float32(_PAPER)
+    ink /= np.float32(_FULL - _PAPER)
+    np.clip(ink, 0, 1, out=ink)
     # What would round to nothing in every colour is no ink.
     there = ink >= 1 / 255
-    lines, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
+    lines, columns = there.any(1).nonzero()[0], there.any(0).nonzero()[0]
     return ink[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
 
 
@@ -258,6 +294,16 @@ def _load_scans(split: str) -> tuple[Float32[np.ndarray, "b 32 32"], Int32[np.nd
     """Return the ink (0..1) and the labels of the split's digits."""
     images, labels = digits_arrays(split)
     return images[..., 0].astype(np.float32) / 255, labels
+
+
+@functools.cache
+def _load_pictures(split: str) -> list[Image.Image]:
+    return [Image.fromarray(scan) for scan in _load_scans(split)[0]]
+
+
+@functools.cache
+def _rows_by_digit(split: str) -> list[Int[np.ndarray, " n"]]:
+    return [np.flatnonzero(_load_scans(split)[1] == digit) for digit in range(10)]
 
 
 def _check_split(split: str) -> None:

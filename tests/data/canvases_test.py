@@ -11,6 +11,7 @@ from maskgil_jax.data.canvases import (
     CanvasSource,
     Scene,
     SceneObject,
+    draw_digits,
     draw_scene,
 )
 from maskgil_jax.data.digits import digits_arrays
@@ -209,3 +210,30 @@ def test_other_splits_and_seeds_are_refused():
         draw_scene(np.random.default_rng(0), "val", (64, 64))
     with pytest.raises(ValueError, match="seed = -1"):
         CanvasSource("train", seed=-1)
+
+
+def test_given_digits_are_drawn_in_given_colours():
+    rng = np.random.default_rng(0)
+    image, scene = draw_digits(rng, "test", (64, 64), [7, 7, 0], ["red", "blue", "red"])
+    assert [(o.digit, o.colour) for o in scene.objects] == [(7, "red"), (7, "blue"), (0, "red")]
+    assert image.shape == (64, 64, 3)
+    labels = digits_arrays("test")[1]
+    for o in scene.objects:
+        assert labels[o.row] == o.digit
+        top, left, bottom, right = o.box
+        assert (image[top:bottom, left:right] == COLOURS[o.colour]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("digits", "colours", "match"),
+    [
+        ([], [], "0 digits and 0 colours; allowed: 1 to 3"),
+        ([1] * 4, ["red"] * 4, "4 digits"),
+        ([1, 2], ["red"], "2 digits and 1 colours"),
+        ([10], ["red"], "digit 10 in 'red'; allowed: 0..9"),
+        ([1], ["mauve"], "'mauve'; allowed: .*red, orange"),
+    ],
+)
+def test_digits_and_colours_that_there_are_not_are_refused(digits, colours, match):
+    with pytest.raises(ValueError, match=match):
+        draw_digits(np.random.default_rng(0), "test", (64, 64), digits, colours)
