@@ -77,7 +77,7 @@ _SALT = "canvas captions 19684"
 class Group(NamedTuple):
     """Digits that are alike: how many, which, in which colour (None if that is not told)."""
 
-    count: int
+    number: int
     digit: int
     colour: str | None
 
@@ -97,8 +97,8 @@ class Statement:
     relation: str | None = None
 
     def __post_init__(self) -> None:
-        count = sum(group.count for group in self.groups)
-        if not 1 <= count <= MAX_DIGITS or any(group.count < 1 for group in self.groups):
+        count = sum(group.number for group in self.groups)
+        if not 1 <= count <= MAX_DIGITS or any(group.number < 1 for group in self.groups):
             raise ValueError(f"{self.groups} are {count} digits; allowed: 1 to {MAX_DIGITS}")
         for group in self.groups:
             if group.digit not in range(10) or group.colour not in (None, *COLOURS):
@@ -119,7 +119,7 @@ class Statement:
     @property
     def combination(self) -> str:
         """Name what is said, the same whatever the order and the wording."""
-        names = [f"{g.count} {g.colour or 'any'} {g.digit}" for g in self.groups]
+        names = [f"{g.number} {g.colour or 'any'} {g.digit}" for g in self.groups]
         if self.relation is None:
             return ", ".join(sorted(names))
         return f"{names[0]} {self.relation} {', '.join(sorted(names[1:]))}"
@@ -132,7 +132,7 @@ class Statement:
     @property
     def _attributes(self) -> int:
         """Count digits (a number of the same is two), colours and the relation."""
-        alike = sum(1 + (g.count > 1) + (g.colour is not None) for g in self.groups)
+        alike = sum(1 + (g.number > 1) + (g.colour is not None) for g in self.groups)
         return alike + (self.relation is not None)
 
     def _implied(self) -> Iterator["Statement"]:
@@ -141,7 +141,7 @@ class Statement:
         if self.relation is not None:
             yield from dataclasses.replace(self, relation=None)._implied()
         if self.groups[0].colour is not None:
-            plain = _put_together((g.digit, None) for g in self.groups for _ in range(g.count))
+            plain = _put_together((g.digit, None) for g in self.groups for _ in range(g.number))
             if len(plain) == len(self.groups):  # else nobody could say what is left of what
                 plain = tuple(g._replace(colour=None) for g in self.groups)
                 yield Statement(groups=plain, relation=self.relation)
@@ -336,12 +336,12 @@ def _word(rng: np.random.Generator, statement: Statement) -> str:
 def _name_group(rng: np.random.Generator, group: Group, in_colour: bool) -> str:
     """Say "a red seven", "two sevens in red" and so on."""
     word = _WORDS[group.digit]
-    if group.count > 1:
+    if group.number > 1:
         word += "es" if word.endswith("x") else "s"
     if group.colour is not None:
         word = f"{word} in {group.colour}" if in_colour else f"{group.colour} {word}"
-    if group.count > 1 or rng.random() < _ONE_SHARE:
-        return f"{_COUNTS[group.count]} {word}"
+    if group.number > 1 or rng.random() < _ONE_SHARE:
+        return f"{_COUNTS[group.number]} {word}"
     return f"{'an' if word.startswith(('orange', 'eight')) else 'a'} {word}"
 
 

@@ -285,7 +285,7 @@ def _render(rng: np.random.Generator, split: str, row: int) -> Float32[np.ndarra
     np.clip(ink, 0, 1, out=ink)
     # What would round to nothing in every colour is no ink.
     there = ink >= 1 / 255
-    lines, columns = there.any(1).nonzero()[0], there.any(0).nonzero()[0]
+    lines, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
     return ink[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
 
 
