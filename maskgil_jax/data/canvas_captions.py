@@ -32,8 +32,15 @@ from maskgil_jax.data.digits import SPLITS
 
 MAX_BYTES = 64
 
-# The columns of GenEval, under its names for them.
-KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# The columns of GenEval. Its own names for the second and the last are two_object and color_attr.
+KINDS = (
+    "single_object",
+    "two_objects",
+    "counting",
+    "colors",
+    "position",
+    "attribute_binding",
+)
 
 LEFT, ABOVE = "left of", "above"
 RELATIONS = (LEFT, ABOVE)
@@ -147,6 +154,21 @@ class Statement:
                 yield Statement(groups=plain, relation=self.relation)
             else:
                 yield Statement(groups=plain)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a picture made from a prompt has to show, as the checker of canvases takes it.
+
+    Attributes:
+      kind: one of `KINDS`, which says what is looked at.
+      groups: number, digit, and colour or None if any will do.
+      relation: "left of" or "above" (the first group is so, seen from the second), or None.
+    """
+
+    kind: str
+    groups: tuple[Group, ...]
+    relation: str | None
 
 
 class CaptionedCanvasSource:
@@ -370,3 +392,65 @@ def _word_relation(rng: np.random.Generator, statement: Statement, names: list[s
     if forward:
         return f"{first} {saying} {_enumerate(names[1:])}"
     return f"{names[1]} {saying} {first}"
+
+
+def heldout_prompts(kind: str, count: int, seed: int = 0) -> list[tuple[str, Expectation]]:
+    """Return prompts for one column of GenEval, with what their pictures have to show.
+
+    All say what is held out from training (see `CaptionedCanvasSource`), but those of a single
+    digit without a colour, of which there are ten. Every combination comes once before any comes
+    again, in other words; a smaller count gives the beginning of a larger one.
+
+      single_object: "a seven"
+      two_objects: "a seven and a three", never the same digit
+      counting: "three sevens", or "two"
+      colors: "a red seven"
+      position: "a seven left of a three"
+      attribute_binding: "a red seven and a blue three", digits and colours different
+
+    Raises:
+      ValueError: there is no such kind, or count or seed is negative.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r} of prompts; allowed: {', '.join(KINDS)}")
+    if count < 0 or seed < 0:
+        raise ValueError(f"count = {count}, seed = {seed}; give 0 or more for both")
+    statements = _heldout_statements(kind)
+    prompts = []
+    for index in range(count):
+        turn, place = divmod(index, len(statements))
+        order = np.random.default_rng((seed, KINDS.index(kind), turn)).permutation(len(statements))
+        statement = statements[order[place]]
+        rng = np.random.default_rng((seed, KINDS.index(kind), turn, place))
+        expectation = Expectation(kind=kind, groups=statement.groups, relation=statement.relation)
+        prompts.append((word_statement(rng, statement), expectation))
+    return prompts
+
+
+@functools.cache
+def _heldout_statements(kind: str) -> tuple[Statement, ...]:
+    """Return all statements of a kind that are not made in training, each once."""
+    digits = range(len(_WORDS))
+    groups: list[tuple[Group, ...]]
+    relations: tuple[str | None, ...] = (None,)
+    if kind == "single_object":
+        return tuple(Statement(groups=(Group(1, digit, None),)) for digit in digits)
+    if kind == "counting":
+        groups = [(Group(n, digit, None),) for n in (2, 3) for digit in digits]
+    elif kind == "colors":
+        groups = [(Group(1, digit, colour),) for digit in digits for colour in COLOURS]
+    elif kind == "attribute_binding":
+        groups = [
+            (Group(1, a, one), Group(1, b, other))
+            for a, b in itertools.combinations(digits, 2)
+            for one, other in itertools.permutations(COLOURS, 2)
+        ]
+    else:
+        pairs = itertools.permutations(digits, 2)
+        groups = [(Group(1, a, None), Group(1, b, None)) for a, b in pairs]
+        if kind == "position":
+            relations = RELATIONS
+        else:
+            groups = [(a, b) for a, b in groups if a.digit < b.digit]
+    every = [Statement(groups=g, relation=relation) for g in groups for relation in relations]
+    return tuple(statement for statement in every if statement.is_held_out)

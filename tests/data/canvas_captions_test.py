@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from maskgil_jax.data.canvas_captions import (
+    KINDS,
     RELATIONS,
     CaptionedCanvasSource,
     Group,
     Statement,
+    heldout_prompts,
     holds,
     word_statement,
 )
@@ -315,3 +317,54 @@ def test_other_splits_sizes_and_seeds_are_refused():
         CaptionedCanvasSource("train", (64, 72))
     with pytest.raises(ValueError, match="seed = -1"):
         CaptionedCanvasSource(seed=-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_say_what_is_expected_and_was_not_said_in_training(kind, drawn):
+    prompts = heldout_prompts(kind, 200)
+    trained = {key(caption) for _, _, caption in drawn["train"]}
+    for prompt, expectation in prompts:
+        groups, place = parse(prompt)
+        if place in ("right of", "below"):
+            groups, place = groups[::-1], {"right of": "left of"}.get(place, "above")
+        assert (expectation.kind, expectation.relation) == (kind, place)
+        told = [tuple(group) for group in expectation.groups]
+        assert groups == told if place else sorted(groups) == sorted(told)
+        statement = Statement(groups=expectation.groups, relation=expectation.relation)
+        assert statement.is_held_out == (kind != "single_object")
+        if kind != "single_object":
+            assert key(prompt) not in trained
+        numbers, digits, colours = zip(*groups, strict=True)
+        assert (numbers in ((2,), (3,))) == (kind == "counting")
+        assert len(set(digits)) == len(digits)
+        assert len(digits) == (2 if kind in ("two_objects", "position", "attribute_binding") else 1)
+        assert (None not in colours) == (kind in ("colors", "attribute_binding"))
+        if kind == "attribute_binding":
+            assert colours[0] != colours[1]
+    assert len({prompt for prompt, _ in prompts}) > 30
+    # Each combination as often as any other.
+    times = collections.Counter(key(prompt) for prompt, _ in prompts)
+    assert max(times.values()) - min(times.values()) <= 1
+    assert len({digit for _, e in prompts for _, digit, _ in e.groups}) == (
+        4 if kind == "counting" else 10
+    )
+
+
+def test_prompts_are_a_function_of_the_seed():
+    prompts = heldout_prompts("position", 60, 3)
+    assert heldout_prompts("position", 20, 3) == prompts[:20]
+    assert heldout_prompts("position", 60, 4) != prompts
+    assert heldout_prompts("position", 0) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("two_object", 1), "'two_object' of prompts; allowed: single_object, two_objects"),
+        (("colors", -1), "count = -1"),
+        (("colors", 1, -1), "seed = -1"),
+    ],
+)
+def test_prompts_that_there_are_not_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        heldout_prompts(*arguments)
