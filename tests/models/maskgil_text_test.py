@@ -199,8 +199,8 @@ def test_conditions_that_are_no_captions():
     broken = values.copy()
     broken[0, 1] = np.nan
     assert np.isfinite(config.check_condition(Caption(broken, lengths)).values).all()
+    wrong = Caption(np.full((2, 3), 256), np.array([1, 1]))
     with pytest.raises(ValueError, match="byte 256 is out of range"):
-        wrong = Caption(np.full((2, 3), 256), np.array([1, 1]))
         tiny_config(text="bytes").check_condition(wrong)
 
 
