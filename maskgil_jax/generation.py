@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from maskgil_jax import loading, sharding
+from maskgil_jax import sharding
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding import masked, prediction
 from maskgil_jax.decoding.sampler import Program, SamplerConfig
 from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.conditioning import check_range
 from maskgil_jax.pictures import quantize, to_uint8
 from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, check_tokens
 
@@ -538,7 +539,7 @@ def _check_start(
             f"start has shape {start.shape}; {count} images on a grid of {grid_size[0]}×"
             f"{grid_size[1]} tokens need {(count, *grid_size)}"
         )
-    loading.check_range("token", start, model.codebook_size + 1)
+    check_range("token", start, model.codebook_size + 1)
     return start.reshape(count, grid_size[0] * grid_size[1]).astype(np.int32)
 
 

@@ -29,11 +29,11 @@ ROOMS = {
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
     "report": {"generation", "build", "data", "evals", "tokenizers", "pictures"},
-    "monitor": {"evaluation", "generator", "loading", "build.models", "tokenizers", "workdir"}
-    | {"masking", "checkpoints", "config"},
+    "monitor": {"evaluation", "generator", "loading", "build.models", "models", "tokenizers"}
+    | {"workdir", "masking", "checkpoints", "config"},
     "loading": {"build.models", "models", "tokenizers", "evals", "convert", "checkpoints", "hub"}
     | {"workdir", "config"},
-    "generation": {"build.models", "models", "tokenizers", "decoding", "loading", "sharding"}
+    "generation": {"build.models", "models", "tokenizers", "decoding", "sharding"}
     | {"pictures"},
     "generator": {"build.models", "models", "tokenizers", "text", "decoding", "masking"}
     | {"generation", "loading", "editing", "sharding", "pictures"},
@@ -43,7 +43,7 @@ ROOMS = {
 EVERYTHING = set(ROOMS)
 ROOMS |= {name: EVERYTHING for name in COMMANDS}
 # The names that the package gives away lazily, spelled out for type checkers.
-ROOMS["__init__"] = {"generation", "generator", "loading", "decoding"}
+ROOMS["__init__"] = {"generation", "generator", "loading", "decoding", "models"}
 
 # Packages from outside that a room must do without.
 FORBIDDEN = {
