@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 
 FORMAT = "maskgil_jax"
 FORMAT_VERSION = 1
-KINDS = ("tokenizer", "model", "perceptual", "evaluator")
+KINDS = ("tokenizer", "model", "text-encoder", "perceptual", "evaluator")
 _PARAMS = "params.safetensors"
 _CONFIG = "config.json"
 # What a model directory consists of.
@@ -49,12 +49,13 @@ class ModelDir:
     """The contents of a model directory.
 
     Attributes:
-        kind: `"tokenizer"`, `"model"`, `"perceptual"` (a net that only losses use) or `"evaluator"`
-            (one that only metrics use).
+        kind: `"tokenizer"`, `"model"`, `"text-encoder"`, `"perceptual"` (a net that only losses
+            use) or `"evaluator"` (one that only metrics use).
         family: which architecture, e.g. `"llamagen-vq"` or `"maskgil"`.
         config: fields of the architecture's config dataclass.
         params: nested dict of NumPy arrays.
         source: where the weights came from (file, sha256, command), or empty.
+        hashes: SHA-256 of the weights and of every other file of the directory, by name.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class ModelDir:
     config: dict[str, Any]
     params: dict[str, Any]
     source: dict[str, Any]
+    hashes: dict[str, str]
 
 
 def file_sha256(path: os.PathLike | str) -> str:
@@ -98,6 +100,7 @@ def write_model_dir(
     config: Mapping[str, Any],
     params: Mapping[str, Any],
     source: Mapping[str, Any] | None = None,
+    files: Sequence[os.PathLike | str] = (),
 ) -> None:
     """Write an architecture and its weights; nothing appears at `path` unless all of it is written.
 
@@ -108,24 +111,30 @@ def write_model_dir(
         config: JSON-friendly fields of the architecture's config dataclass.
         params: nested dict of arrays.
         source: provenance to keep beside the weights (JSON-friendly).
+        files: other files to copy into it, under their names: a text encoder's tokenizer.
 
     Raises:
         FileExistsError: if `path` already holds something.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; allowed: {', '.join(map(repr, KINDS))}")
+    names = [pathlib.Path(file).name for file in files]
+    if len({*names, *MODEL_FILES}) < len(names) + len(MODEL_FILES):
+        raise ValueError(f"{names} are not names of their own beside {', '.join(MODEL_FILES)}")
     flat = traverse_util.flatten_dict(params, sep="/")
     arrays = {key: np.ascontiguousarray(np.asarray(value)) for key, value in flat.items()}
     with new_directory(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary / _PARAMS)
         (temporary / _PARAMS).chmod(0o644)
+        for file in files:
+            shutil.copyfile(file, temporary / pathlib.Path(file).name)
         header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "kind": kind,
             "family": family,
             "config": dict(config),
-            "sha256": {_PARAMS: file_sha256(temporary / _PARAMS)},
+            "sha256": {name: file_sha256(temporary / name) for name in (_PARAMS, *names)},
             "source": dict(source or {}),
         }
         (temporary / _CONFIG).write_text(json.dumps(header, indent=2) + "\n")
@@ -150,26 +159,18 @@ def read_model_dir(path: os.PathLike | str) -> ModelDir:
                 f"{path} is not a model directory: {name} is missing "
                 f"(expected {_CONFIG} and {_PARAMS}, as tools/convert_checkpoint.py writes them)"
             )
-    try:
-        header = json.loads((path / _CONFIG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / _CONFIG} is not valid JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(f"{path / _CONFIG} does not say format {FORMAT!r}")
-    if header.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path / _CONFIG} has version {header.get('version')!r}; this code reads "
-            f"{FORMAT_VERSION}. Use the release of {FORMAT} that wrote it."
-        )
-    missing = [k for k in ("kind", "family", "config", "sha256") if k not in header]
-    if missing:
-        raise CheckpointError(f"{path / _CONFIG} lacks the fields {missing}; write it anew")
-    expected, actual = header["sha256"].get(_PARAMS), file_sha256(path / _PARAMS)
-    if expected != actual:
-        raise CheckpointError(
-            f"{path / _PARAMS} has SHA-256 {actual}, but {_CONFIG} expects {expected}: the file "
-            "is damaged or was replaced; copy or convert it again"
-        )
+    header = _read_header(path / _CONFIG)
+    for name, expected in header["sha256"].items():
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path / name} is missing, which {_CONFIG} names; copy or convert the directory "
+                "again"
+            )
+        if expected != (actual := file_sha256(path / name)):
+            raise CheckpointError(
+                f"{path / name} has SHA-256 {actual}, but {_CONFIG} expects {expected}: the file "
+                "is damaged or was replaced; copy or convert it again"
+            )
     flat = safetensors.numpy.load_file(path / _PARAMS)
     return ModelDir(
         kind=header["kind"],
@@ -177,7 +178,42 @@ def read_model_dir(path: os.PathLike | str) -> ModelDir:
         config=header["config"],
         params=traverse_util.unflatten_dict(flat, sep="/"),
         source=header.get("source", {}),
+        hashes=dict(header["sha256"]),
     )
+
+
+def list_model_files(config: os.PathLike | str) -> tuple[str, ...]:
+    """Return the names of all files of a model directory, of which only `config.json` is read.
+
+    Raises:
+        CheckpointError: if it is not ours.
+    """
+    return (_CONFIG, *_read_header(pathlib.Path(config))["sha256"])
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Any]:
+    """Read the `config.json` of a model directory, whose files it names."""
+    try:
+        header = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not say format {FORMAT!r}")
+    if header.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has version {header.get('version')!r}; this code reads "
+            f"{FORMAT_VERSION}. Use the release of {FORMAT} that wrote it."
+        )
+    missing = [k for k in ("kind", "family", "config", "sha256") if k not in header]
+    if missing:
+        raise CheckpointError(f"{path} lacks the fields {missing}; write it anew")
+    hashes = header["sha256"]
+    if not isinstance(hashes, dict) or _PARAMS not in hashes:
+        raise CheckpointError(f"{path} names no SHA-256 of {_PARAMS}; write it anew")
+    # A file of another folder is none of the directory's.
+    if odd := [name for name in hashes if pathlib.PurePath(name).name != name]:
+        raise CheckpointError(f"{path} names {odd[0]!r}, which is no file of its folder")
+    return header
 
 
 class Checkpoints:
@@ -433,11 +469,16 @@ def _key_name(key: Any) -> str:
 
 def write_text_atomically(path: os.PathLike | str, text: str) -> None:
     """Write a small file so that a kill leaves either the old contents or the new."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: os.PathLike | str, contents: bytes) -> None:
+    """Do as `write_text_atomically`, with bytes."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(contents)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskgil_jax.checkpoints import MODEL_FILES, file_sha256
+from maskgil_jax.checkpoints import (
+    MODEL_FILES,
+    CheckpointError,
+    file_sha256,
+    list_model_files,
+)
 
 SCHEME = "hf://"
 # What pathlib makes of the scheme.
@@ -155,6 +160,10 @@ class HubFolder:
         except MissingFileError as error:
             raise self._explain_missing(MODEL_FILES[1]) from error
         (folder,) = folders
+        # Whoever reads the directory says what is wrong with its header.
+        with contextlib.suppress(CheckpointError):
+            for name in list_model_files(folder / MODEL_FILES[0]):
+                pinned.file(name).download()
         return folder
 
     def _explain_missing(self, name: str) -> HubError:

@@ -25,6 +25,11 @@ from maskgil_jax.convert.files import open_checkpoint
 from maskgil_jax.evals.inception import Inception, InceptionConfig
 from maskgil_jax.models.base import TokenModelConfig, count_classes
 from maskgil_jax.models.conditioning import check_range
+from maskgil_jax.text.base import TextEncoder
+from maskgil_jax.text.gemma import GemmaConfig
+from maskgil_jax.text.gemma_encoder import GemmaEncoder
+from maskgil_jax.text.tokenization import TOKENIZER_FILE, PromptTokenizer
+from maskgil_jax.text.transformers_encoder import TransformersEncoder
 from maskgil_jax.tokenizers.base import Tokenizer, update_digest
 from maskgil_jax.tokenizers.tiling import Tiling
 
@@ -198,6 +203,74 @@ def load_model(path: os.PathLike | str) -> Model:
     _check_kind(path, run.kind, "maskgil")
     model = build.model_config(run)
     return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+
+
+def load_text_encoder(
+    path: os.PathLike | str,
+    *,
+    max_length: int = 120,
+    hidden_layer: int = -1,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> TextEncoder:
+    """Load a text encoder: Gemma from a model directory, any other from Hugging Face's layout.
+
+    Args:
+        path: what `tools/convert_checkpoint.py` made of a Gemma; a model directory of the hub,
+            `hf://owner/repo[/folder][@revision]`; or a directory of a model that `transformers`
+            knows as a text encoder, T5 say.
+        max_length: tokens to which prompts are padded, and at which they are cut.
+        hidden_layer: which hidden layer the features are, as transformers counts: 0 the embeddings,
+            n the output of block n, -1 the last, normed. Of Gemma, layers beyond it are not kept.
+        dtype: type in which it computes and of its parameters, `float32` or `bfloat16`; if `None`,
+            that of Gemma's stored parameters, and float32 for others.
+        device: where torch computes models that are not in JAX, such as "cpu" or "cuda:0".
+
+    Raises:
+        FileNotFoundError: if there is none of them, or its tokenizer is missing.
+        ValueError: if the directory holds something else or is damaged, the hub does not give it,
+            or a setting does not suit it.
+        ImportError: if a library that it needs is not installed.
+    """
+    directory = hub.find_directory(path)
+    if not checkpoints.is_model_dir(directory):
+        return TransformersEncoder.from_pretrained(
+            directory,
+            max_length=max_length,
+            hidden_layer=hidden_layer,
+            dtype=dtype or "float32",
+            device=device,
+        )
+    if device != "cpu":
+        raise ValueError(
+            f"device {device!r} is for encoders in torch; {path} is computed where JAX computes"
+        )
+    stored = checkpoints.read_model_dir(directory)
+    _check_kind(path, stored.kind, "text-encoder")
+    if stored.family != GemmaConfig.family:
+        raise ValueError(f"{path} is of family {stored.family!r}; allowed: {GemmaConfig.family!r}")
+    shape = GemmaConfig.from_dict(stored.config)
+    if TOKENIZER_FILE not in stored.hashes:
+        raise FileNotFoundError(
+            f"{path} holds no {TOKENIZER_FILE}; convert the checkpoint again, with that file "
+            "of its repository beside it"
+        )
+    tokenizer = PromptTokenizer.from_file(
+        directory / TOKENIZER_FILE,
+        max_length=max_length,
+        vocab_size=shape.vocab_size,
+        pad_id=shape.pad_id,
+        bos_id=shape.bos_id,
+    )
+    return GemmaEncoder.create(
+        shape,
+        stored.params,
+        tokenizer,
+        name=pathlib.Path(str(path).partition("@")[0]).name,
+        hashes=stored.hashes,
+        hidden_layer=hidden_layer,
+        dtype=dtype,
+    )
 
 
 def load_inception(path: os.PathLike | str) -> Inception:

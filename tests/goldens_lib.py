@@ -29,7 +29,7 @@ class Golden:
 def load_golden(name: str) -> Golden:
     """Load a golden from tests/goldens and rebuild its weights; usage buffers are left out."""
     described = json.loads((FOLDER / f"{name}.json").read_text())
-    rule = fill_inception if name == "inception_fid" else fill
+    rule = RULES.get(name, fill)
     state_dict = {
         key: rule(key, tuple(shape))
         for key, (shape, dtype) in described.get("state_dict", {}).items()
@@ -57,6 +57,17 @@ def fill_inception(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) > 1:
         return values * np.float32(math.sqrt(2.0 / math.prod(shape[1:])))
     return ((1.0 if name.endswith("bn.weight") else 0.0) + 0.1 * values).astype(np.float32)
+
+
+def fill_gemma(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the float32 weights of a tensor of Gemma, whose norms multiply by 1 + weight."""
+    values = _generator(name).standard_normal(shape, dtype=np.float32)
+    if len(shape) > 1:
+        return values / np.float32(math.sqrt(math.prod(shape[1:])))
+    return np.float32(0.1) * values
+
+
+RULES = {"inception_fid": fill_inception, "gemma_tiny": fill_gemma, "gemma2_tiny": fill_gemma}
 
 
 def golden_image(shape: tuple[int, int, int, int], tag: str) -> np.ndarray:

@@ -7,11 +7,13 @@
 A source may lie on the Hugging Face hub: a file `hf://owner/repo/path/in/repo[@revision]`, or a
 model directory `hf://owner/repo[/folder][@revision]`. The family is found by the names, shapes and
 dtypes of all tensors, or given; sizes are inferred from the shapes; what neither tells is an
-option. Every problem of a file is reported at once, and nothing is written unless all of it fits.
+option, or in files of the same repository that must lie beside, `config.json` and `tokenizer.json`
+of Gemma. Every problem of a file is reported at once, and nothing is written unless all of it fits.
 """
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import re
@@ -26,7 +28,12 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from maskgil_jax import convert, hub
-from maskgil_jax.checkpoints import file_sha256, read_model_dir, write_model_dir
+from maskgil_jax.checkpoints import (
+    file_sha256,
+    read_model_dir,
+    write_bytes_atomically,
+    write_model_dir,
+)
 from maskgil_jax.convert.files import (
     INDEX,
     SUFFIXES,
@@ -37,6 +44,7 @@ from maskgil_jax.convert.files import (
     write_checkpoint,
 )
 from maskgil_jax.convert.rules import ConversionError
+from maskgil_jax.hub import HubFile
 
 _OPTIONS = ("num_heads", "num_classes", "grid_size", "cond_rope", "qk_norm", "post_norm", "widen")
 _STOPPED = 128 + signal.SIGTERM
@@ -138,8 +146,10 @@ def import_checkpoint(args: argparse.Namespace) -> None:
     with _open_source(args) as (name, checkpoint), _open_heads(args) as heads:
         _print_file(args.src, checkpoint)
         state = _join(checkpoint, heads)
-        config, params = convert.import_state_dict(name, state, **_given_options(args))
-    family = convert.find_family(name)
+        family = convert.find_family(name)
+        options = _given_options(args) | read_settings(family, parse_source(args.src))
+        copied = [find_beside(parse_source(args.src), name) for name in family.copied_files]
+        config, params = convert.import_state_dict(name, state, **options)
     write_model_dir(
         args.dst,
         kind=family.kind,
@@ -153,6 +163,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
             "converted_from": name,
             **({"heads_sha256": heads.sha256} if heads else {}),
         },
+        files=copied,
     )
     _print_summary(name, config.to_dict(), params)
     print(f"wrote {args.dst}")
@@ -175,14 +186,76 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     check_target(args.dst)
     if args.dst.exists():
         raise FileExistsError(f"{args.dst} exists; choose another path or remove it")
-    source = read_model_dir(hub.find_directory(args.src))
+    directory = hub.find_directory(args.src)
+    source = read_model_dir(directory)
     name, config = convert.choose_family(source.family, source.config)
+    family = convert.find_family(name)
+    beside = _plan_beside(family, config, directory, args.dst.parent)
     state = convert.export_state_dict(name, config, source.params)
-    write_checkpoint(args.dst, state, wrapper=convert.find_family(name).export_wrapper)
+    # The weights come last: where they are, all is.
+    args.dst.parent.mkdir(parents=True, exist_ok=True)
+    for path, contents in beside.items():
+        write_bytes_atomically(path, contents)
+    write_checkpoint(args.dst, state, wrapper=family.export_wrapper)
     _print_summary(name, config.to_dict(), source.params)
     print(f"wrote {args.dst}: sha256 {file_sha256(args.dst)}")
+    for path in beside:
+        print(f"wrote {path}")
     if flags := _import_flags(name, config):
         print(f"the file does not tell everything; import it with: --family {name} {flags}")
+
+
+def find_beside(source: Path | HubFile, name: str) -> Path:
+    """Return a local copy of the file of a name that lies beside a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if isinstance(source, HubFile):
+        try:
+            return source.sibling(name).download()
+        except hub.MissingFileError as error:
+            raise FileNotFoundError(str(error)) from error
+    path = source.parent / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; the checkpoint does not tell what it does, so copy {name} of the "
+            "same repository there"
+        )
+    return path
+
+
+def read_settings(family: convert.Family, source: Path | HubFile) -> dict[str, Any]:
+    """Return the option `settings` of a family whose checkpoints have a file of them.
+
+    Raises:
+        ConversionError: the file is no JSON object.
+        FileNotFoundError: there is none.
+    """
+    if not family.settings_file:
+        return {}
+    path = find_beside(source, family.settings_file)
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{path} holds a {type(settings).__name__}, not the model's settings")
+    return {"settings": settings}
+
+
+def _plan_beside(
+    family: convert.Family, config: Any, source: Path, folder: Path
+) -> dict[Path, bytes]:
+    """Return what an export writes beside the weights; a file that is there must be the same."""
+    planned = {folder / name: (source / name).read_bytes() for name in family.copied_files}
+    if family.write_settings is not None:
+        text = json.dumps(family.write_settings(config), indent=2) + "\n"
+        planned[folder / family.settings_file] = text.encode()
+    for path, contents in planned.items():
+        if path.exists() and path.read_bytes() != contents:
+            raise FileExistsError(f"{path} exists and is another; choose another folder")
+    return planned
 
 
 def inspect_source(args: argparse.Namespace) -> None:
@@ -197,18 +270,24 @@ def inspect_source(args: argparse.Namespace) -> None:
     ) as checkpoint:
         _print_file(args.src, checkpoint)
         _print_tensors(checkpoint.state_dict)
-        if args.family is None:
-            fit = convert.detect_family(checkpoint.state_dict, **options)
-        else:
-            fit = convert.fit_family(args.family, checkpoint.state_dict, **options)
+        name = args.family or convert.detect_family(checkpoint.state_dict, **options).family
+        # Settings need not be there only to look.
+        with contextlib.suppress(FileNotFoundError):
+            options |= read_settings(convert.find_family(name), parse_source(args.src))
+        fit = convert.fit_family(name, checkpoint.state_dict, **options)
         if fit.problems:
             raise ConversionError(f"the file is not of the family {args.family}:", fit.problems)
         family = convert.find_family(fit.family)
         _, notes = convert.prepare_state_dict(family, checkpoint.state_dict)
     print(*notes, sep="\n", end="\n" if notes else "")
+    template = family.abstract_tree(fit.config)
+    if "settings" in fit.untold:
+        _print_summary(fit.family, {}, template)
+        needed = ", ".join((family.settings_file, *family.copied_files))
+        print(f"the shapes do not tell heads and constants: an import needs {needed} beside --src")
+        return
     guessed = [name for name in family.options if name not in options]
     sizes = {k: v for k, v in fit.config.to_dict().items() if k not in guessed}
-    template = family.abstract_tree(fit.config)
     _print_summary(fit.family, sizes, template)
     for name in guessed:
         needed = "an import needs" if name in fit.untold else "an import may be given"
@@ -247,7 +326,8 @@ def _import_flags(family: str, config: Any) -> str:
     values = {
         name: getattr(config, name)
         for name in convert.find_family(family).options
-        if getattr(config, name) != "none"
+        # Settings were written beside the file.
+        if name != "settings" and getattr(config, name) != "none"
     }
     if "grid_size" in values:
         values["grid_size"] = "x".join(map(str, values["grid_size"]))
@@ -271,7 +351,8 @@ def _print_tensors(state: Mapping[str, Any]) -> None:
 
 def _print_summary(family: str, sizes: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     print(f"family: {family}")
-    print("sizes: " + ", ".join(f"{name} {value}" for name, value in sizes.items()))
+    if sizes:
+        print("sizes: " + ", ".join(f"{name} {value}" for name, value in sizes.items()))
     print(f"parameters: {_count_parameters(params):,}")
 
 

@@ -34,6 +34,8 @@ _MODULES = {
     "maskgil-released": "maskgil_released",
     "maskgil-text": "maskgil_text",
     "bidirectional-transformer": "bidirectional_transformer",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
 }
 FAMILIES = tuple(_MODULES)
 _log = logging.getLogger(__name__)
@@ -170,12 +172,17 @@ def import_state_dict(
     state, notes = prepare_state_dict(known, state_dict)
     for note in notes:
         _log.info("%s", note)
-    config = known.infer_config(state, **options)
+    config = known.infer_config(state, **options, **_pass_widen(known, widen))
     leaves = import_tree(_plan(family, config), state, widen=widen)
     if widen:
         count = sum(map(is_narrow, state.values()))
         _log.info("widened %d of %d tensors to float32, exactly", count, len(state))
     return config, unflatten_dict(leaves, sep="/")
+
+
+def _pass_widen(family: Family, widen: bool) -> dict[str, bool]:
+    """Return what `infer_config` is told of it: the type of the parameters may depend on it."""
+    return {"widen": widen} if family.keeps_bfloat16 else {}
 
 
 @functools.lru_cache(maxsize=64)
@@ -219,7 +226,7 @@ def fit_family(family: str, state_dict: StateDict, *, widen: bool = False, **opt
     try:
         while config is None:
             try:
-                config = known.infer_config(state, **given)
+                config = known.infer_config(state, **given, **_pass_widen(known, widen))
             except UntoldError as error:
                 if error.option in given:
                     raise

@@ -266,7 +266,8 @@ class Family:
     """A checkpoint family: its table, how its sizes are read off, and how its files are wrapped.
 
     Attributes:
-        kind: "tokenizer", "model", "perceptual" or "evaluator", as model directories name it.
+        kind: "tokenizer", "model", "text-encoder", "perceptual" or "evaluator", as model
+            directories name it.
         architecture: the family that a model directory records.
         infer_config: (shapes by torch key, **options) -> config.
         abstract_tree: config -> "/"-joined path -> shape and dtype of every parameter.
@@ -283,6 +284,11 @@ class Family:
         renames: maps another naming (Hugging Face's, an EMA's) to the names of the table: state
             dict, as found behind `prefixes` -> renamed one, and a note to print ("" for none). It
             runs before anything is dropped, and must read no tensor.
+        settings_file: a JSON file beside the weights, whose contents `infer_config` is given as
+            `settings`; "" for none.
+        write_settings: config -> contents of the settings file, for an export.
+        copied_files: names of files beside the weights that belong into a model directory.
+        keeps_bfloat16: whether bfloat16 weights stay such; `infer_config` is then given `widen`.
     """
 
     name: str
@@ -300,6 +306,10 @@ class Family:
     dropped: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
     dropped_prefixes: tuple[str, ...] = ()
     renames: Callable[[dict[str, Any]], tuple[dict[str, Any], str]] | None = None
+    settings_file: str = ""
+    write_settings: Callable[[Any], dict[str, Any]] | None = None
+    copied_files: tuple[str, ...] = ()
+    keeps_bfloat16: bool = False
 
 
 @dataclass(frozen=True)

@@ -243,10 +243,17 @@ def save_pickle(path: Path, state_dicts: Mapping[str, Mapping[str, np.ndarray]])
         import torch
     except ImportError as error:
         raise ImportError(NO_TORCH) from error
-    # A copy, since torch wants writable memory and would save the whole of what a view is part of.
+
+    def to_tensor(array: np.ndarray) -> Any:
+        # A copy, since torch wants writable memory and would save the whole of what a view is part
+        # of. It does not know NumPy's bfloat16.
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(array.copy())
+
     torch.save(
         {
-            wrapper: {key: torch.from_numpy(array.copy()) for key, array in state.items()}
+            wrapper: {key: to_tensor(array) for key, array in state.items()}
             for wrapper, state in state_dicts.items()
         },
         path,

@@ -31,8 +31,8 @@ ROOMS = {
     "report": {"generation", "build", "data", "evals", "tokenizers", "pictures"},
     "monitor": {"evaluation", "generator", "loading", "build.models", "models", "tokenizers"}
     | {"workdir", "masking", "checkpoints", "config"},
-    "loading": {"build.models", "models", "tokenizers", "evals", "convert", "checkpoints", "hub"}
-    | {"workdir", "config"},
+    "loading": {"build.models", "models", "tokenizers", "text", "evals", "convert", "checkpoints"}
+    | {"hub", "workdir", "config"},
     "generation": {"build.models", "models", "tokenizers", "decoding", "sharding"}
     | {"pictures"},
     "generator": {"build.models", "models", "tokenizers", "text", "decoding", "masking"}
@@ -53,6 +53,7 @@ FORBIDDEN = {
     "training": {"ml_collections", "grain", "absl"},
     "data": {"ml_collections", "flax"},
     "evals": {"ml_collections", "optax", "absl"},
+    "text": {"ml_collections", "optax", "absl"},
     **{name: {"optax", "absl"} for name in ("loading", "generation", "generator")},
     "build": {"absl"},
 }
@@ -121,20 +122,20 @@ def test_rooms_do_without_the_packages_of_others():
     assert not wrong, "\n".join(wrong)
 
 
-def test_torch_is_imported_by_two_files_and_tensorflow_by_none():
+def test_torch_is_imported_by_three_files_and_tensorflow_by_none():
     users = {path.name for path, _, _, outside in modules() if "torch" in outside}
-    assert users <= {"torch_io.py", "clip_score.py"}
+    assert users <= {"torch_io.py", "clip_score.py", "transformers_encoder.py"}
     assert not any("tensorflow" in outside for _, _, _, outside in modules())
 
 
-@pytest.mark.parametrize("room", ["models", "tokenizers", "decoding", "training", "evals"])
+@pytest.mark.parametrize("room", ["models", "tokenizers", "text", "decoding", "training", "evals"])
 def test_importing_a_room_loads_neither_torch_nor_tensorflow(room):
     names = [f"maskgil_jax.{room}.{path.stem}" for path in sorted((PACKAGE / room).glob("*.py"))]
     script = f"""
 import importlib, sys
 for name in {names!r}:
     importlib.import_module(name)
-print(sorted({{'torch', 'tensorflow', 'transformers'}} & set(sys.modules)))
+print(sorted({{'torch', 'tensorflow', 'transformers', 'tokenizers'}} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True
