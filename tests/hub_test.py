@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_text
 from fake_hub import COMMIT, GATED, NEXT_COMMIT, REPO
 
 from maskgil_jax import checkpoints, load_tokenizer
@@ -46,6 +47,15 @@ def local(tmp_path_factory):
         config=config.to_dict(),
         params=jax.tree.map(np.asarray, generator.model.params),
     )
+    gemma = tiny_text.gemma_config()
+    checkpoints.write_model_dir(
+        folder / "text",
+        kind="text-encoder",
+        family="gemma",
+        config=gemma.to_dict(),
+        params=tiny_text.make_params(gemma),
+        files=[tiny_text.make_tokenizer_file(folder / "tokenizer.json")],
+    )
     return folder
 
 
@@ -56,6 +66,7 @@ def hub(local):
     files |= {f"{VQ}/{path.name}": path.read_bytes() for path in (local / "vq").iterdir()}
     files |= {"torch/config.json": b"{}", "torch/model.pt": b"?", "torch/model.safetensors": b"?"}
     files |= {"run/run.json": b"{}", "docs/read.md": b"hello", "half/config.json": b"{}"}
+    files |= {f"text/{path.name}": path.read_bytes() for path in (local / "text").iterdir()}
     with fake_hub.serve(files, large={"params.safetensors"}) as served:
         yield served
 
@@ -108,6 +119,16 @@ def test_a_generator_comes_from_the_top_of_a_repository_and_from_a_folder(run, l
     assert opened == here
     assert refused == f"ValueError: {model} holds a model, but a tokenizer is needed"
     assert not list(tmp_path.glob("hf:*"))
+
+
+def test_a_text_encoder_comes_with_its_tokenizer(run, local):
+    load = "from maskgil_jax import loading; e = loading.load_text_encoder({!r}, max_length=32)"
+    show = "; print(e.name, e.tokenize(['a red dog']).lengths, e.fingerprint)"
+    here, there = run(
+        load.format(str(local / "text")) + show, load.format(f"hf://{REPO}/text") + show
+    )
+    assert here.startswith("text [")
+    assert here == there
 
 
 def test_command_lines_take_addresses(run, local, tmp_path):

@@ -71,7 +71,7 @@ class GemmaConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    query_scalar: float | None = None
+    query_scalar: int | None = None
     attention_softcap: float | None = None
     sliding_window: int | None = None
     norm_eps: float = 1e-6
@@ -140,7 +140,7 @@ class GemmaConfig:
         _check_options(kind, settings)
         fields: dict[str, Any] = {ours: _read_int(settings, name) for ours, name in _SIZES.items()}
         if kind == "gemma2":
-            fields["query_scalar"] = _read_float(settings, "query_pre_attn_scalar")
+            fields["query_scalar"] = _read_int(settings, "query_pre_attn_scalar")
             if settings["attn_logit_softcapping"] is not None:
                 fields["attention_softcap"] = _read_float(settings, "attn_logit_softcapping")
             if settings["sliding_window"] is not None:
@@ -298,7 +298,7 @@ PUBLISHED = {
         num_heads=8,
         num_kv_heads=4,
         head_dim=256,
-        query_scalar=256.0,
+        query_scalar=256,
         attention_softcap=50.0,
         sliding_window=4096,
     ),

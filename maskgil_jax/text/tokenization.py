@@ -114,8 +114,8 @@ class PromptTokenizer:
         return Tokenized(ids, np.array([len(found.ids) for found in rows], np.int32))
 
 
-def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list.
+def check_prompts(prompts: Any) -> list[str]:
+    """Return a sequence of prompts as a list.
 
     Raises:
         ValueError: a single string, no prompts, or one that is no string or not valid Unicode.

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny_text
 from flax.traverse_util import unflatten_dict
 from goldens_lib import load_golden
 
@@ -34,6 +35,8 @@ GOLDENS = {
     "maskgil_released_tiny": "maskgil-released",
     "bidirectional_transformer_tiny": "bidirectional-transformer",
     "inception_fid": "inception-fid",
+    "gemma_tiny": "gemma",
+    "gemma2_tiny": "gemma2",
 }
 # Widths that differ, so that no reshaped or transposed tensor is the same but the square ones.
 VQ = {"codebook_size": 11, "embed_dim": 6, "channels": 32, "latent_channels": 5}
@@ -57,6 +60,8 @@ SMALL = {
     ],
     "maskgil-released": [MaskGILConfig(**LM, **find_family("maskgil-released").layout)],
     "bidirectional-transformer": [BidirectionalTransformerConfig(**LM)],
+    "gemma": [tiny_text.gemma_config(1)],
+    "gemma2": [tiny_text.gemma_config(2)],
 }
 OPTIONS = {"num_heads": 2, "grid_size": (2, 2), "num_classes": 5, "cond_rope": "zero"}
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_text
 from flax.traverse_util import flatten_dict, unflatten_dict
 from goldens_lib import FOLDER, load_golden
 
@@ -23,6 +24,13 @@ from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 from maskgil_jax.tokenizers.maskgit_vq import MaskGITVQConfig
 from maskgil_jax.tokenizers.open_magvit2 import OpenMAGVIT2Config
 
+
+def gemma_settings(golden, model_type):
+    """The `config.json` of a golden: its config and what every such file has."""
+    described = json.loads((FOLDER / f"{golden}.json").read_text())["config"]
+    return described | {"model_type": model_type}
+
+
 TINY = {
     "llamagen_vq_tiny": ("llamagen-vq", {}),
     "maskgit_vq_tiny": ("maskgit-vq", {}),
@@ -34,6 +42,8 @@ TINY = {
         "bidirectional-transformer",
         {"num_heads": 4, "num_classes": 10},
     ),
+    "gemma_tiny": ("gemma", {"settings": gemma_settings("gemma_tiny", "gemma")}),
+    "gemma2_tiny": ("gemma2", {"settings": gemma_settings("gemma2_tiny", "gemma2")}),
 }
 FULL = {
     "llamagen_vq16_full": ("llamagen-vq", vars(LlamaGenVQConfig())),
@@ -103,6 +113,8 @@ PAIRS = [
         MaskGILConfig(**MASKGIL, **find_family("maskgil-released").layout),
     ),
     ("bidirectional-transformer", BidirectionalTransformerConfig(**MASKGIL)),
+    ("gemma", tiny_text.gemma_config(1)),
+    ("gemma2", tiny_text.gemma_config(2)),
 ]
 
 
@@ -114,6 +126,8 @@ def test_import_of_an_export_is_the_model_bit_for_bit(family, config):
     options = {name: every[name] for name in every if name in find_family(family).options}
     if family == "maskgil":
         options["cond_rope"] = config.cond_rope
+    if "settings" in find_family(family).options:
+        options["settings"] = config.to_hugging_face()
     found, back = import_state_dict(family, state, **options)
     assert found == config
     assert_same(flatten_dict(back, sep="/"), flatten_dict(params, sep="/"))

@@ -213,9 +213,7 @@ def test_sizes_that_make_no_model_are_refused(wrong, message):
 
 @pytest.mark.parametrize("generation", [1, 2])
 def test_settings_of_hugging_face_come_back(generation):
-    more = (
-        dict(query_scalar=5.0, attention_softcap=3.0, sliding_window=2) if generation == 2 else {}
-    )
+    more = dict(query_scalar=5, attention_softcap=3.0, sliding_window=2) if generation == 2 else {}
     config = GemmaConfig(generation=generation, **TINY, rope_base=7.0, **more)
     settings = config.to_hugging_face()
     assert GemmaConfig.from_hugging_face(settings) == config

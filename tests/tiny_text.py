@@ -1,0 +1,87 @@
+"""Small real text encoders in the layout of Hugging Face: a trained tokenizer, random weights."""
+
+import json
+import pathlib
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+
+from maskgil_jax.convert import export_state_dict, find_family
+from maskgil_jax.text.gemma import GemmaConfig
+
+SENTENCES = [
+    f"a {colour} {digit} {place} a {other} {thing}"
+    for colour, other in (("red", "green"), ("blue", "yellow"))
+    for digit in ("seven", "three", "zero")
+    for place in ("left of", "right of", "above", "below")
+    for thing in ("photo of a dog", "bicycle", "café table", "two apples")
+]
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+
+
+def make_tokenizer_file(path: pathlib.Path, *, end: bool = False) -> pathlib.Path:
+    """Train a BPE tokenizer as Gemma's; of T5's habit to end every prompt if `end`."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    library.decoder = tokenizers.decoders.Replace("▁", " ")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=60, special_tokens=SPECIAL, show_progress=False
+    )
+    library.train_from_iterator(SENTENCES, trainer)
+    if end:
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 1)]
+        )
+    # What files of the hub may ask for, and encoders here must not take over.
+    library.enable_truncation(3)
+    library.enable_padding(length=50, direction="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    library.save(str(path))
+    return path
+
+
+def gemma_config(generation: int = 2, **fields) -> GemmaConfig:
+    sizes = dict(vocab_size=128, num_layers=3, width=24, mlp_width=40, num_heads=4)
+    sizes |= dict(num_kv_heads=2, head_dim=8, max_positions=64)
+    if generation == 2:
+        sizes |= dict(query_scalar=5, attention_softcap=20.0, sliding_window=6)
+    return GemmaConfig(**{"generation": generation, **sizes, **fields})
+
+
+def make_params(config: GemmaConfig) -> dict:
+    """Draw parameters that bfloat16 and float32 hold alike."""
+    from flax.traverse_util import unflatten_dict
+
+    family, rng = find_family(family_of(config)), np.random.default_rng(0)
+    leaves = {
+        path: (rng.integers(-64, 64, leaf.shape) / 256).astype(leaf.dtype)
+        for path, leaf in family.abstract_tree(config).items()
+    }
+    return unflatten_dict(leaves, sep="/")
+
+
+def family_of(config: GemmaConfig) -> str:
+    return "gemma" if config.generation == 1 else "gemma2"
+
+
+def write_repository(folder: pathlib.Path, config: GemmaConfig, shards: int = 1) -> pathlib.Path:
+    """Write what google/gemma-2b holds; return the file to import."""
+    folder.mkdir(parents=True)
+    state = export_state_dict(family_of(config), config, make_params(config))
+    state = {f"model.{key}": value for key, value in state.items()}
+    settings = config.to_hugging_face() | {"architectures": ["GemmaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    make_tokenizer_file(folder / "tokenizer.json")
+    if shards == 1:
+        save_file(state, folder / "model.safetensors")
+        return folder / "model.safetensors"
+    weight_map, names = {}, sorted(state)
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = names[i::shards]
+        save_file({key: state[key] for key in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
