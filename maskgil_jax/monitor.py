@@ -350,6 +350,12 @@ def make_hook(
         told.update(notes)
 
     tell(monitor.notes)
+    if best is not None and (kept := best.describe()):
+        metric = monitor.run.evaluation.keep_best
+        say(
+            f"evaluation: {best.path} holds the best {metric} so far, {kept[f'best_{metric}']:.4g} "
+            f"of step {kept['best_step']}"
+        )
 
     def evaluate(step: int, state: Any) -> None:
         trees = {"params": state.params} if state.ema is None else {"ema": state.ema}

@@ -135,6 +135,9 @@ def test_a_killed_run_ends_with_the_same_best(finished, tokenizer, tmp_path, mon
     output = "\n".join(lines)
     assert "resumed from step 4" in output
     assert curves(output) == {step: curves(finished[2])[step] for step in (6, 8)}
+    fid = curves(finished[2])[3].split()[1]
+    assert f"best holds the best fid so far, {fid} of step 3" in output
+    assert "holds the best" not in finished[2]
     assert read_best(tmp_path / "run") == read_best(finished[0])
     expected, actual = (
         maskgil_jax.load_model(path / "best").params for path in (finished[0], tmp_path / "run")
