@@ -113,6 +113,11 @@ def default() -> ConfigDict:
     tokenizer.path = ""
     tokenizer.batch_size = 64  # images at a time when a dataset is encoded up front
 
+    text = config.text = ConfigDict()  # of models with text "features"; tokens: model.text_length
+    text.encoder = ""  # model directory, here or hf://…, or one of the library transformers
+    text.hidden_layer = -1  # whose output the features are: 0 embeddings, n block n, -1 the last
+    text.dtype = placeholder(str)  # of the encoder: float32 | bfloat16; None: as stored
+
     vq = config.vq = ConfigDict()  # architecture, for kind "tokenizer"; None: as the family has it
     vq.family = "llamagen-vq"  # llamagen-vq | maskgit-vq | chameleon-vq | open-magvit2
     vq.codebook_size = placeholder(int)  # number of codes
@@ -145,9 +150,18 @@ def default() -> ConfigDict:
     vq_loss.discriminator_channels = 64  # width of its first convolution
 
     data = config.data = ConfigDict()
-    data.name = "folder"  # digits | canvases | folder | tfds | tokens
-    data.path = ""  # folder: root of <split>/<class>/*.JPEG; tfds: data_dir; tokens: their folder
+    data.name = "folder"  # digits | canvases | folder | tfds | tokens | captions
+    # folder: root of <split>/<class>/*.JPEG; tfds: data_dir; tokens: their folder; captions: see
+    # docs/text_data.md.
+    data.path = ""
     data.tfds_name = "imagenet2012"  # a prepared TFDS dataset, read without TensorFlow
+    data.format = ""  # of captions: folder | jsonl | webdataset | tfds
+    data.caption_key = "captions/text"  # of captions in a TFDS dataset: feature that holds the text
+    data.allow_incomplete = False  # captions: leave out and count what lacks an image or a text
+    data.buckets = "none"  # captions: none | area, sizes of about the area of image_size | listed
+    data.bucket_multiple = 32  # unit of the sides of buckets in pixels
+    data.bucket_max_ratio = 4.0  # longer side of a bucket over its shorter side, at most
+    data.bucket_sizes = ()  # the listed buckets, (height, width) in pixels
     data.split = "train"
     data.image_size = (256, 256)  # height and width in pixels
     data.crop = "center"  # center | random (80 to 100 % of the shorter side) | window (of canvases)
@@ -158,6 +172,7 @@ def default() -> ConfigDict:
     data.max_bad_images = 0  # unreadable images to replace before giving up
     data.cache_tokens = False  # encode the whole dataset once, into memory, before training
     data.cache_copies = 1  # augmented copies of every image in that cache
+    data.num_records = 0  # the first so many of the dataset, or of each bucket; 0 is all
     data.check_records = True  # tokens: read every record once before training
     data.num_threads = 8  # reading threads of each process
     data.prefetch = 2  # batches put on the devices ahead of time
@@ -228,7 +243,7 @@ def default() -> ConfigDict:
     evaluation.keep_best = ""  # metric whose best parameters are kept in WORKDIR/best; "": none
 
     report = config.report = ConfigDict()  # what is measured when a run has ended
-    report.name = "none"  # none | digits | canvases
+    report.name = "none"  # none | digits | canvases | captioned_canvases
     report.num_samples = 1000
     report.batch_size = 250
     return config.lock()
@@ -279,7 +294,12 @@ def _update(config: ConfigDict, values: Mapping[str, Any], prefix: str) -> None:
         if isinstance(config[name], ConfigDict):
             _update(config[name], value, f"{prefix}{name}.")
         else:
-            config[name] = tuple(value) if isinstance(value, list) else value
+            config[name] = _freeze(value)
+
+
+def _freeze(value: Any) -> Any:
+    """Return a list and the lists in it as tuples, which JSON does not know."""
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
 def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -294,5 +314,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+            flat[prefix + name] = _freeze(value)
     return flat

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from maskgil_jax import editing, loading, sharding
 from maskgil_jax.build import models as build
+from maskgil_jax.build.sizes import check_size
 from maskgil_jax.decoding import masked
 from maskgil_jax.generation import (
     Callback,
@@ -105,6 +106,7 @@ class ImageGenerator:
         *,
         tokenizer: os.PathLike | str | None = None,
         tokenizer_dtype: str | None = None,
+        text_encoder: os.PathLike | str | None = None,
         tile_size: int | None = None,
         batch_size: int = 64,
         mesh: Mesh | None = None,
@@ -118,6 +120,8 @@ class ImageGenerator:
             tokenizer: path or address of the tokenizer, or `asset:NAME`; by default the run's. A
                 model directory names none.
             tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
+            text_encoder: path or address of what makes features of prompts, for a model that reads
+                such; by default the run's.
             tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
                 images; every image is taken whole if `None`.
             batch_size: images at a time, rounded up to a power of two.
@@ -136,7 +140,14 @@ class ImageGenerator:
         vq = loading.open_tokenizer(
             model, path, tokenizer, dtype=tokenizer_dtype, tile_size=tile_size
         )
-        return cls(model, vq, batch_size=batch_size, mesh=mesh, batch_invariant=batch_invariant)
+        return cls(
+            model,
+            vq,
+            text_encoder=loading.open_text_encoder(model, path, text_encoder),
+            batch_size=batch_size,
+            mesh=mesh,
+            batch_invariant=batch_invariant,
+        )
 
     @overload
     def __call__(
@@ -389,6 +400,7 @@ class ImageGenerator:
         sides = size if isinstance(size, Sequence) and not isinstance(size, str) else ()
         if len(sides) != 2 or not all(isinstance(side, int | np.integer) for side in sides):
             raise ValueError(f"size {size!r}: give (height, width) in pixels, whole numbers")
+        check_size(self.model.run, (int(sides[0]), int(sides[1])))
         return self.tokenizer.spec.grid_size(*sides)
 
     def _complete(

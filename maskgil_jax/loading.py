@@ -25,6 +25,7 @@ from maskgil_jax.convert.files import open_checkpoint
 from maskgil_jax.evals.inception import Inception, InceptionConfig
 from maskgil_jax.models.base import TokenModelConfig, count_classes
 from maskgil_jax.models.conditioning import check_range
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.text.gemma import GemmaConfig
 from maskgil_jax.text.gemma_encoder import GemmaEncoder
@@ -203,6 +204,43 @@ def load_model(path: os.PathLike | str) -> Model:
     _check_kind(path, run.kind, "maskgil")
     model = build.model_config(run)
     return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+
+
+def open_text_encoder(
+    model: Model, workdir: os.PathLike | str, path: os.PathLike | str | None = None
+) -> TextEncoder | None:
+    """Load the text encoder whose features a model reads; `None` for a model that reads none.
+
+    Args:
+        model: the model.
+        workdir: where it was loaded from.
+        path: the encoder; by default the one that the model's run names.
+
+    Raises:
+        FileNotFoundError: if there is none, or its tokenizer is missing.
+        ValueError: if none is named, one is named that the model has no use for, or it does not
+            fit.
+        ImportError: if a library that it needs is not installed.
+    """
+    shape, run = model.config, model.run
+    chosen = path or run.text.encoder
+    if not isinstance(shape, MaskGILTextConfig) or shape.text != "features":
+        if path:
+            raise ValueError(f"the model in {workdir} reads no features; leave {path} out")
+        return None
+    if not chosen:
+        raise ValueError(
+            f"{workdir} names no text encoder; name the right one, --text_encoder or "
+            "`text_encoder=`"
+        )
+    encoder = load_text_encoder(
+        chosen,
+        max_length=shape.text_length,
+        hidden_layer=run.text.hidden_layer,
+        dtype=run.text.dtype,
+    )
+    build.check_text_encoder(shape, encoder)
+    return encoder
 
 
 def load_text_encoder(

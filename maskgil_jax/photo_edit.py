@@ -68,26 +68,27 @@ class Edit:
             for name, value in fields.items()
         }
 
-    def apply(self, generator: ImageGenerator, labels: np.ndarray, **options: Any) -> Generation:
-        """Make one result per label.
+    def apply(self, generator: ImageGenerator, count: int, **options: Any) -> Generation:
+        """Make some results.
 
         Args:
             generator: the model and its tokenizer.
-            labels: classes of the results.
-            **options: seed, first_index and sampler settings, as `ImageGenerator.edit` takes them.
+            count: how many.
+            **options: labels or prompts, as many; seed, first_index and sampler settings, as
+                `ImageGenerator.edit` takes them.
 
         Raises:
             ValueError: if the picture, the mask or a setting does not fit.
         """
-        photos = np.repeat(self.photo[None], len(labels), axis=0)
+        photos = np.repeat(self.photo[None], count, axis=0)
         if self.vary is not None:
-            return generator.vary(photos, labels, keep=self.vary, **options)
+            return generator.vary(photos, keep=self.vary, **options)
         options |= {"grow": self.grow or 0, "feather": self.feather or 0.0}
         if self.outpaint is not None:
-            return generator.outpaint(photos, self.outpaint, labels, **options)
+            return generator.outpaint(photos, self.outpaint, **options)
         assert self.mask is not None
-        masks = np.repeat(self.mask[None], len(labels), axis=0)
-        return generator.edit(photos, masks, labels, **options)
+        masks = np.repeat(self.mask[None], count, axis=0)
+        return generator.edit(photos, masks, **options)
 
 
 def read_edit(

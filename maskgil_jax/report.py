@@ -11,14 +11,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maskgil_jax import generation, pictures
+from maskgil_jax.build import captions as build_captions
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
+from maskgil_jax.build.sizes import bucket_sizes
+from maskgil_jax.data.buckets import Size
+from maskgil_jax.data.canvas_captions import KINDS, heldout_prompts
 from maskgil_jax.data.canvases import COLOURS, SIZES, CanvasSource, Scene
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.transforms import to_float
 from maskgil_jax.evals import textures
+from maskgil_jax.evals.canvas_checker import canvas_geneval_report
 from maskgil_jax.evals.canvases import canvases_report, cut_digit
 from maskgil_jax.evals.digits import digits_report
+from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 from maskgil_jax.tokenizers.losses import codebook_usage
 
@@ -27,9 +33,28 @@ READER_CANVASES = 2000  # training canvases that the reader of digits is fitted 
 
 
 def draw_grid(
-    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
+    config: ConfigDict,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    state: Any,
+    encoder: TextEncoder | None = None,
 ) -> np.ndarray:
-    """Return samples, one class a column; for a tokenizer, images above reconstructions."""
+    """Return samples, one class or prompt a column; of a tokenizer, images and reconstructions.
+
+    Args:
+        config: of the run.
+        mesh: devices to generate on.
+        tokenizer: of a model's tokens; `None` if a tokenizer was trained.
+        state: the training state.
+        encoder: of the prompts, for a model that reads its features.
+    """
+    if build_captions.is_captioned(config) and tokenizer is not None:
+        prompts = _example_prompts(config)
+        captions = build_models.read_prompts(
+            build_models.text_model_config(config), prompts * GRID_ROWS, encoder
+        )
+        images = _generate(config, mesh, tokenizer, state, captions)
+        return pictures.make_grid(images, columns=len(prompts))
     if tokenizer is not None:
         columns = min(config.model.num_classes, 10)
         labels = np.tile(np.arange(columns), GRID_ROWS)
@@ -43,7 +68,11 @@ def draw_grid(
 
 
 def measure(
-    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None, state: Any
+    config: ConfigDict,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    state: Any,
+    encoder: TextEncoder | None = None,
 ) -> dict[str, Any]:
     """Return the figures that `config.report.name` asks for, and the number of updates.
 
@@ -52,10 +81,13 @@ def measure(
         mesh: devices to generate on.
         tokenizer: of a model's tokens; `None` if a tokenizer was trained.
         state: the training state.
+        encoder: of the prompts, for a model that reads its features.
     """
     steps = {"steps": config.training.num_steps}
     if config.report.name == "none":
         return steps
+    if tokenizer is not None and config.report.name == "captioned_canvases":
+        return steps | _measure_captioned(config, mesh, tokenizer, state, encoder)
     if tokenizer is not None:
         return steps | _measure_samples(config, mesh, tokenizer, state)
     trained = Tokenizer(config=build_models.tokenizer_config(config), params=_local(state))
@@ -72,6 +104,31 @@ def _measure_samples(
     measured = digits_report(
         images, labels, train=digits_arrays("train"), heldout=digits_arrays("test")
     )
+    return {name: round(value, 4) for name, value in measured.items()}
+
+
+def _measure_captioned(
+    config: ConfigDict,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    state: Any,
+    encoder: TextEncoder | None,
+) -> dict[str, float]:
+    """Draw what held-out captions say, in every bucket, and count what shows it: GenEval's columns.
+
+    Of every kind there are a sixth of `report.num_samples` prompts.
+    """
+    sizes = bucket_sizes(config)
+    each = -(-config.report.num_samples // len(KINDS))
+    asked = [pair for kind in KINDS for pair in heldout_prompts(kind, each, config.seed)]
+    model = build_models.text_model_config(config)
+    images, expectations = [], []
+    for place, size in enumerate(sizes):
+        some = asked[place :: len(sizes)]
+        captions = build_models.read_prompts(model, [prompt for prompt, _ in some], encoder)
+        images += list(_generate(config, mesh, tokenizer, state, captions, size))
+        expectations += [expectation for _, expectation in some]
+    measured = canvas_geneval_report(images, expectations, palette=COLOURS, train=_known_digits())
     return {name: round(value, 4) for name, value in measured.items()}
 
 
@@ -124,39 +181,55 @@ def _read_canvases(
     originals: list[tuple[np.ndarray, Scene]], rebuilt: list[tuple[np.ndarray, Scene]]
 ) -> dict[str, float]:
     """Compare the digits that the scenes name, read by what is learnt from training canvases."""
-
-    def cut(canvases: list[tuple[np.ndarray, Scene]]) -> np.ndarray:
-        return np.stack(
-            [cut_digit(image, o.box) for image, scene in canvases for o in scene.objects]
-        )
-
-    source = CanvasSource("train")
-    train = [source.draw(index) for index in range(READER_CANVASES)]
-    known = [o.digit for _, scene in train for o in scene.objects]
     objects = [o for _, scene in originals for o in scene.objects]
     return canvases_report(
-        cut(rebuilt),
-        cut(originals),
+        _cut(rebuilt),
+        _cut(originals),
         np.array([o.digit for o in objects]),
         np.array([tuple(COLOURS).index(o.colour) for o in objects]),
         palette=np.array(list(COLOURS.values())),
-        train=(cut(train), np.array(known)),
+        train=_known_digits(),
     )
 
 
+def _cut(canvases: list[tuple[np.ndarray, Scene]]) -> np.ndarray:
+    return np.stack([cut_digit(image, o.box) for image, scene in canvases for o in scene.objects])
+
+
+def _known_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return what the reader of digits is fitted on: crops of training canvases, and digits."""
+    source = CanvasSource("train")
+    train = [source.draw(index) for index in range(READER_CANVASES)]
+    return _cut(train), np.array([o.digit for _, scene in train for o in scene.objects])
+
+
 def _generate(
-    config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer, state: Any, labels: np.ndarray
+    config: ConfigDict,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    state: Any,
+    condition: Any,
+    size: Size | None = None,
 ) -> np.ndarray:
     tokens = generation.generate_tokens(
         build_models.model_config(config),
         _inference_params(state),
-        labels,
+        condition,
         build_models.sampler_config(config),
+        grid_size=None if size is None else tokenizer.spec.grid_size(*size),
         seed=config.seed,
         batch_size=config.report.batch_size,
         mesh=mesh,
     )
     return generation.decode_images(tokenizer, tokens)
+
+
+def _example_prompts(config: ConfigDict) -> list[str]:
+    """Return prompts to show: held-out ones of canvases, else the first captions."""
+    if config.data.name == "canvases":
+        return [heldout_prompts(kind, 1, config.seed)[0][0] for kind in KINDS]
+    source = next(iter(build_data.make_sources(config).values()))
+    return [str(source[index]["caption"]) for index in range(min(len(source), 8))]
 
 
 def _inference_params(state: Any) -> Any:

@@ -1,5 +1,8 @@
 """Sample images: `python -m maskgil_jax.sample --workdir DIR --labels 3,1,4 --out grid.png`.
 
+A text-conditional model takes `--prompt "…"`, which may be repeated, or `--prompts_file FILE` with
+one on every line, and `--num_per_prompt`.
+
 `--out` says what is written: FILE.png a grid, FILE.npz the arrays `arr_0` (uint8, NHWC) and
 `labels`, anything else a new directory of PNGs, `000000_label3.png` and so on; with `--records` a
 new directory of codes, not decoded, to train from like those of `tools/extract_tokens.py`. All but
@@ -27,7 +30,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from maskgil_jax import bulk, cli, compilation, loading, masking, pictures, sharding
+from maskgil_jax import bulk, checkpoints, cli, compilation, loading, masking, pictures, sharding
+from maskgil_jax.build.sizes import check_size
 from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
@@ -35,9 +39,12 @@ from maskgil_jax.decoding.remasking import CHOICES, REMASKING
 from maskgil_jax.generation import padded_size
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.models import conditioning
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.photo_edit import Edit, read_edit
+from maskgil_jax.text.prompts import check_prompts
 
 MAX_ROW = 8
+_PROMPTS_NAME = "prompts.txt"
 # Files of token records: at most so many, of at least so many records but for the only one.
 MAX_SHARDS, MIN_SHARD_RECORDS = 16, 4096
 
@@ -45,6 +52,13 @@ _LABELS = flags.DEFINE_string(
     "labels", None, "Classes, such as 3,1,4; the number of classes means none. Default: every one."
 )
 _NUM_PER_CLASS = flags.DEFINE_integer("num_per_class", 1, "Images of each.", lower_bound=1)
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "What an image shows; may be repeated.")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "UTF-8 text, a prompt on every line.")
+_NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from.")
+_NUM_PER_PROMPT = flags.DEFINE_integer("num_per_prompt", 1, "Images of each.", lower_bound=1)
+_TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", None, "Directory of what reads the prompts. Default: the run's."
+)
 _OUT = flags.DEFINE_string("out", "samples.png", "FILE.png, FILE.npz or a new directory.")
 _RECORDS = flags.DEFINE_bool(
     "records", False, "Write codes to train from, not pictures, into the new directory --out."
@@ -66,7 +80,7 @@ _CACHE = flags.DEFINE_string(
     "else maskgil_jax in the user's cache directory.",
 )
 
-_EDIT = flags.DEFINE_string("edit", None, "Picture to edit; needs --labels.")
+_EDIT = flags.DEFINE_string("edit", None, "Picture to edit; needs --labels or --prompt.")
 _MASK = flags.DEFINE_string("mask", None, "Picture of its size, white where to generate.")
 _OUTPAINT = flags.DEFINE_string("outpaint", None, "Pixels to add: TOP,BOTTOM,LEFT,RIGHT.")
 _VARY = flags.DEFINE_float("vary", None, "Share of the tokens to keep; the others are drawn anew.")
@@ -103,6 +117,10 @@ def sample(
     *,
     labels: Sequence[int] | None = None,
     num_per_class: int = 1,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
+    num_per_prompt: int = 1,
+    text_encoder: str | None = None,
     records: bool = False,
     size: tuple[int, int] | None = None,
     edit: Edit | None = None,
@@ -121,6 +139,10 @@ def sample(
         out: FILE.png, FILE.npz or a directory that is new or empty.
         labels: classes in the order of the images; every class once if `None`.
         num_per_class: images of each of them.
+        prompts: what the images show, of a text-conditional model.
+        negative_prompt: what guidance leads away from.
+        num_per_prompt: images of each prompt.
+        text_encoder: what reads prompts, instead of the run's.
         records: whether to write token records into the directory `out`, and no pixels.
         size: height and width in pixels; as trained if `None`.
         edit: picture to start from, and what to do with it.
@@ -148,8 +170,8 @@ def sample(
         )
     if edit is not None and size is not None:
         raise ValueError("--size and --edit exclude each other: the picture has a size")
-    if edit is not None and labels is None:
-        raise ValueError("--edit needs --labels, the classes of the results")
+    if edit is not None and labels is None and prompts is None:
+        raise ValueError("--edit needs --labels or --prompt, for the results")
     if edit is not None and records:
         raise ValueError("--records and --edit exclude each other: what an edit keeps are pixels")
     if records and tile_size is not None:
@@ -159,23 +181,32 @@ def sample(
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     generator = ImageGenerator(
-        model, vq, batch_size=batch_size, mesh=mesh, batch_invariant=batch_invariant
+        model,
+        vq,
+        text_encoder=loading.open_text_encoder(model, workdir, text_encoder),
+        batch_size=batch_size,
+        mesh=mesh,
+        batch_invariant=batch_invariant,
     )
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
-    classes = np.arange(model.num_classes) if labels is None else np.asarray(labels)
-    if not len(classes) or num_per_class < 1:
-        raise ValueError("there are no labels; give one or more, and --num_per_class of at least 1")
-    # No training data has the label for "no condition".
-    conditioning.check_range("label", classes, model.num_classes + (not records))
-    image_labels = np.repeat(classes.astype(np.int32), num_per_class)
+    asked = _Asked.read(
+        model,
+        labels=labels,
+        num_per_class=num_per_class,
+        prompts=prompts,
+        negative_prompt=negative_prompt,
+        num_per_prompt=num_per_prompt,
+        records=records,
+    )
+    image_labels = asked.image_labels
     began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
     chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
     one_call: Callable[..., np.ndarray] = generator.tokens if records else generator
     call: Callable[..., np.ndarray] = functools.partial(one_call, size=(height, width))
     if edit is not None:
         call = functools.partial(_edit, edit, generator)
-    make = functools.partial(call, seed=seed, **sampler)
+    make = asked.bind(functools.partial(call, seed=seed, **sampler))
     if not batch_invariant:
         make = functools.partial(_fill_up, make, chunk_size)
     if is_grid:
@@ -184,15 +215,14 @@ def sample(
             make(image_labels[first : first + chunk_size], first_index=first) for first in starts
         ]
         images = np.concatenate(parts)
-        _write_grid(path, images, num_per_class, bare=edit is not None)
+        _write_grid(path, images, asked.num_per_choice, bare=edit is not None)
     else:
         settings = {
             "model": model.fingerprint,
             "tokenizer": vq.fingerprint,
             "tokenizer_dtype": vq.config.to_dict()["dtype"],
             "tile_size": tile_size,
-            "labels": classes.tolist(),
-            "num_per_class": num_per_class,
+            **asked.settings,
             "records": records,
             "size": [height, width],
             "edit": edit.settings if edit else None,
@@ -210,12 +240,16 @@ def sample(
         job = bulk.Job(
             out=path,
             labels=image_labels,
+            noun="label" if prompts is None else "prompt",
             shape=vq.spec.grid_size(height, width) if records else pixels,
             chunk_size=chunk_size,
             settings=settings,
             records=describe_records(generator, origin, settings) if records else None,
         )
         kept = bulk.write(job, lambda first, labels: make(labels, first_index=first))
+        if prompts is not None and jax.process_index() == 0:
+            beside = path / _PROMPTS_NAME if path.is_dir() else f"{path}.{_PROMPTS_NAME}"
+            checkpoints.write_text_atomically(beside, "".join(f"{p}\n" for p in asked.prompts))
     seconds, made = time.monotonic() - began, len(image_labels) - kept
     cli.say(
         f"{out}: {len(image_labels)} {'records' if records else 'images'} of "
@@ -226,6 +260,90 @@ def sample(
         f"{config.guidance_schedule} guidance {config.guidance_scale:g}, "
         f"temperature {config.temperature:g}, Gumbel {config.gumbel_temperature:g}, seed {seed}"
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is to be on the images: classes, or prompts by their number.
+
+    Attributes:
+        choices: classes, or 0…n-1 for n prompts.
+        num_per_choice: images of each.
+        prompts: the texts; none for a class-conditional model.
+        negative_prompt: what guidance leads away from.
+    """
+
+    choices: np.ndarray
+    num_per_choice: int
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str | None = None
+
+    @classmethod
+    def read(
+        cls,
+        model: loading.Model,
+        *,
+        labels: Sequence[int] | None,
+        num_per_class: int,
+        prompts: Sequence[str] | None,
+        negative_prompt: str | None,
+        num_per_prompt: int,
+        records: bool,
+    ) -> "_Asked":
+        """Check that it suits the model."""
+        if isinstance(model.config, MaskGILTextConfig):
+            if labels is not None or num_per_class != 1:
+                raise ValueError(
+                    "the model is conditioned on captions; give --prompt and --num_per_prompt, not "
+                    "--labels and --num_per_class"
+                )
+            if not prompts or num_per_prompt < 1:
+                raise ValueError("there are no prompts; give --prompt or --prompts_file")
+            if records:
+                raise ValueError("--records are codes with classes, which this model has not")
+            return cls(
+                choices=np.arange(len(prompts)),
+                num_per_choice=num_per_prompt,
+                prompts=tuple(check_prompts(prompts)),
+                negative_prompt=negative_prompt,
+            )
+        if prompts or negative_prompt is not None or num_per_prompt != 1:
+            raise ValueError("the model is conditioned on classes; give --labels, no prompts")
+        classes = np.arange(model.num_classes) if labels is None else np.asarray(labels)
+        if not len(classes) or num_per_class < 1:
+            raise ValueError(
+                "there are no labels; give one or more, and --num_per_class of at least 1"
+            )
+        # No training data has the label for "no condition".
+        conditioning.check_range("label", classes, model.num_classes + (not records))
+        return cls(choices=classes, num_per_choice=num_per_class)
+
+    @property
+    def image_labels(self) -> np.ndarray:
+        """The class, or the number of the prompt, of every image."""
+        return np.repeat(self.choices.astype(np.int32), self.num_per_choice)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the images depend on, for JSON."""
+        if not self.prompts:
+            return {"labels": self.choices.tolist(), "num_per_class": self.num_per_choice}
+        return {
+            "prompts": list(self.prompts),
+            "negative_prompt": self.negative_prompt,
+            "num_per_prompt": self.num_per_choice,
+        }
+
+    def bind(self, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        """Return a method of the generator as a function of labels, or of numbers of prompts."""
+
+        def call(labels: np.ndarray, **options: Any) -> np.ndarray:
+            if not self.prompts:
+                return function(labels=labels, **options)
+            prompts = [self.prompts[label] for label in labels]
+            return function(prompts=prompts, negative_prompt=self.negative_prompt, **options)
+
+        return call
 
 
 def describe_records(
@@ -296,6 +414,7 @@ def find_size(
     spec, (gh, gw) = generator.tokenizer.spec, generator.model.config.grid_size
     trained = (gh * spec.downsample_factor, gw * spec.downsample_factor)
     height, width = edit.size if edit is not None else size or trained
+    check_size(generator.model.run, (height, width))
     spec.grid_size(height, width)
     return height, width
 
@@ -309,8 +428,9 @@ def _fill_up(
     return call(padded, first_index=first_index)[: len(labels)]
 
 
-def _edit(edit: Edit, generator: ImageGenerator, labels: np.ndarray, **options: Any) -> np.ndarray:
-    return edit.apply(generator, labels, **options).images
+def _edit(edit: Edit, generator: ImageGenerator, **options: Any) -> np.ndarray:
+    count = len(options["labels"] if "labels" in options else options["prompts"])
+    return edit.apply(generator, count, **options).images
 
 
 def _write_grid(path: pathlib.Path, images: np.ndarray, num_per_class: int, *, bare: bool) -> None:
@@ -351,8 +471,35 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
     return top, bottom, left, right
 
 
+def read_prompts(path: os.PathLike | str) -> list[str]:
+    """Read the prompts of a file, one on every line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no UTF-8, empty, or has an empty line; the line is named.
+    """
+    lines = pathlib.Path(path).read_bytes().splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: byte {error.start + 1} is no UTF-8; save it as UTF-8"
+            ) from error
+        if not text:
+            raise ValueError(f"{path}, line {number} is empty; every line is a prompt")
+        prompts.append(text)
+    if not prompts:
+        raise ValueError(f"{path} is empty; write a prompt on every line")
+    return prompts
+
+
 def run() -> None:
     """Sample as the flags say."""
+    if _PROMPT.value and _PROMPTS_FILE.value:
+        raise ValueError("--prompt and --prompts_file exclude each other")
+    prompts = read_prompts(_PROMPTS_FILE.value) if _PROMPTS_FILE.value else _PROMPT.value
     labels = None if _LABELS.value is None else parse_labels(_LABELS.value)
     size = None if _SIZE.value is None else cli.parse_size(_SIZE.value)
     edit = read_edit(
@@ -369,6 +516,10 @@ def run() -> None:
         _OUT.value,
         labels=labels,
         num_per_class=_NUM_PER_CLASS.value,
+        prompts=prompts,
+        negative_prompt=_NEGATIVE_PROMPT.value,
+        num_per_prompt=_NUM_PER_PROMPT.value,
+        text_encoder=_TEXT_ENCODER.value,
         records=_RECORDS.value,
         size=size,
         edit=edit,

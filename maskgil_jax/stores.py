@@ -38,6 +38,7 @@ class Job:
         out: FILE.npz (replaced; `arr_0` uint8 NHWC and `labels`, as ADM's evaluator reads it), or
             a directory that is new or empty (PNG files, `000000_label3.png` and so on, or records).
         labels: one per image, int32 [b].
+        noun: what labels are called in the names of PNG files.
         shape: (H, W, c) of an image; with `records` (gh, gw), of its codes.
         chunk_size: images that are made, and held in memory, at a time.
         settings: all that the images depend on, for JSON; a job is continued only under the same.
@@ -46,6 +47,7 @@ class Job:
 
     out: pathlib.Path
     labels: Int[np.ndarray, " b"]
+    noun: str = "label"
     shape: tuple[int, ...]
     chunk_size: int
     settings: Mapping[str, Any]
@@ -226,7 +228,7 @@ class _Folder:
         self._folder.replace(self._job.out)
 
     def _name(self, index: int) -> str:
-        return f"{index:06}_label{self._job.labels[index]}.png"
+        return f"{index:06}_{self._job.noun}{self._job.labels[index]}.png"
 
     def _names(self, first: int) -> set[str]:
         part = self._job.chunk(first)

@@ -34,13 +34,16 @@ from maskgil_jax import (
     report,
     sharding,
 )
+from maskgil_jax.build import captions as build_captions
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import tasks as build_tasks
 from maskgil_jax.build import tokenizers as build_tokenizers
 from maskgil_jax.build import training as build_training
 from maskgil_jax.cli import say
-from maskgil_jax.data.transforms import PickCrop
+from maskgil_jax.data.buckets import Size
+from maskgil_jax.data.transforms import Chain, PickCrop
+from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 from maskgil_jax.tokenizers.lpips import LPIPSConfig
 from maskgil_jax.training import loop
@@ -67,8 +70,9 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     build_training.validate(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     build_training.check_batch(config, mesh)
-    source = build_data.make_source(config)
-    tokenizer = _open_tokenizer(config, source)
+    sources = build_data.make_sources(config)
+    tokenizer = _open_tokenizer(config, sources)
+    encoder = _open_text_encoder(config)
     perceptual = _open_perceptual(config)
     watch = monitor.open_monitor(config, mesh, tokenizer)
     claim = claim_workdir(workdir, config)
@@ -78,9 +82,9 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
             if config.kind == "maskgil"
             else build_tokenizers.make_tokenizer_task(config, mesh, perceptual)
         )
-        batches = _open_batches(config, source, tokenizer, mesh)
-        state, best = _run(config, workdir, mesh, task, batches, tokenizer, watch)
-        measured = report.measure(config, mesh, tokenizer, state) | best
+        batches = _open_batches(config, sources, tokenizer, encoder, mesh)
+        state, best = _run(config, workdir, mesh, task, batches, tokenizer, encoder, watch)
+        measured = report.measure(config, mesh, tokenizer, state, encoder) | best
     measured["seconds"] = round(time.monotonic() - started, 1)
     say(json.dumps(measured))
     return measured
@@ -93,6 +97,7 @@ def _run(
     task: build_tasks.Task,
     batches: loop.DeviceBatches,
     tokenizer: Tokenizer | None,
+    encoder: TextEncoder | None,
     watch: monitor.Monitor | None,
 ) -> tuple[Any, dict[str, Any]]:
     """Restore or initialise the state, update it to the end, and draw the last samples.
@@ -124,7 +129,7 @@ def _run(
                 writer.add_scalar(name, value, step)
 
         def sample(step: int, state: Any) -> None:
-            grid = report.draw_grid(config, mesh, tokenizer, state)
+            grid = report.draw_grid(config, mesh, tokenizer, state, encoder)
             if jax.process_index() == 0:
                 path = os.path.join(workdir, "samples", f"{step:07}.png")
                 pictures.save_png(path, grid)
@@ -185,15 +190,31 @@ def _as_trees(state: Any) -> dict[str, Any]:
     return trees if state.ema is None else trees | {"ema": state.ema}
 
 
-def _open_tokenizer(config: ConfigDict, source: Any) -> Tokenizer | None:
+def _open_tokenizer(config: ConfigDict, sources: Mapping[Size, Any]) -> Tokenizer | None:
     """Return the tokenizer of a model run, checked against model and data."""
     if config.kind == "tokenizer":
         return None
     tokenizer = loading.load_tokenizer(config.tokenizer.path)
-    if config.data.name == "tokens":
-        build_data.check_stored_tokens(config, source, tokenizer)
-    build_models.check_fit(config, tokenizer.spec, source.num_classes)
+    for source in sources.values():
+        if config.data.name == "tokens":
+            build_data.check_stored_tokens(config, source, tokenizer)
+        classes = None if build_captions.is_captioned(config) else source.num_classes
+        build_models.check_fit(config, tokenizer.spec, classes)
     return tokenizer
+
+
+def _open_text_encoder(config: ConfigDict) -> TextEncoder | None:
+    """Return the encoder whose features a run learns from; `None` if it needs none."""
+    if not build_captions.is_captioned(config) or config.model.text != "features":
+        return None
+    encoder = loading.load_text_encoder(
+        config.text.encoder,
+        max_length=config.model.text_length,
+        hidden_layer=config.text.hidden_layer,
+        dtype=config.text.dtype,
+    )
+    build_models.check_text_encoder(build_models.model_config(config), encoder)
+    return encoder
 
 
 def _open_perceptual(config: ConfigDict) -> tuple[Any, Any] | None:
@@ -211,24 +232,44 @@ def _open_perceptual(config: ConfigDict) -> tuple[Any, Any] | None:
 
 
 def _open_batches(
-    config: ConfigDict, source: Any, tokenizer: Tokenizer | None, mesh: Mesh
+    config: ConfigDict,
+    sources: Mapping[Size, Any],
+    tokenizer: Tokenizer | None,
+    encoder: TextEncoder | None,
+    mesh: Mesh,
 ) -> loop.DeviceBatches:
-    """Return batches of tokens (of images, for a tokenizer run) on the devices."""
+    """Return batches of tokens and conditions (of images, for a tokenizer run) on the devices."""
     put: Callable[[Any], Any] = functools.partial(sharding.put_batch, mesh=mesh)
+    read_caption = None
+    if build_captions.is_captioned(config):
+        for line in build_captions.describe_cut(config, sources, encoder):
+            say(line)
+        read_caption = build_captions.make_transform(config, encoder)
+    encodes = [] if encoder is None else [build_captions.make_encoder(encoder, mesh)]
+
+    def make_transform(size: Size) -> Chain:
+        images = config.data.name != "tokens"
+        first = build_data.image_transform(config, size) if images else PickCrop()
+        return Chain(transforms=(first,) if read_caption is None else (first, read_caption))
+
     if tokenizer is not None and config.data.cache_tokens:
         began = time.monotonic()
-        source = build_data.cache_tokens(config, source, tokenizer)
-        say(f"encoded {len(source):,} images in {time.monotonic() - began:.1f} s")
-        batches = build_data.make_batches(config, source, None)
-        return loop.DeviceBatches(batches, put, config.data.prefetch)
-    if config.data.name == "tokens":
-        batches = build_data.make_batches(config, source, PickCrop())
-        return loop.DeviceBatches(batches, put, config.data.prefetch)
-    batches = build_data.make_batches(config, source, build_data.image_transform(config))
-    if tokenizer is None:
-        return loop.DeviceBatches(batches, put, config.data.prefetch)
-    encode = build_data.make_encoder(tokenizer, mesh)
-    return loop.DeviceBatches(batches, lambda batch: encode(put(batch)), config.data.prefetch)
+        sources = build_data.cache_tokens(config, sources, tokenizer, read_caption)
+        count = sum(map(len, sources.values()))
+        say(f"encoded {count:,} images in {time.monotonic() - began:.1f} s")
+        batches = build_data.make_batches(config, sources, None)
+    else:
+        if tokenizer is not None and config.data.name != "tokens":
+            encodes.insert(0, build_data.make_encoder(tokenizer, mesh))
+        batches = build_data.make_batches(config, sources, make_transform)
+
+    def prepare(batch):
+        batch = put(batch)
+        for encode in encodes:
+            batch = encode(batch)
+        return batch
+
+    return loop.DeviceBatches(batches, prepare, config.data.prefetch)
 
 
 def _open_writer(workdir: os.PathLike | str) -> tensorboardX.SummaryWriter:
@@ -243,7 +284,8 @@ def _resolve(config: ConfigDict) -> ConfigDict:
     Those on the hub are named with their commit, as a resumed run must read the same.
     """
     config = config.copy_and_resolve_references()
-    for section, field in ((config.tokenizer, "path"), (config.vq_loss, "lpips_path")):
+    fields = ((config.tokenizer, "path"), (config.vq_loss, "lpips_path"), (config.text, "encoder"))
+    for section, field in fields:
         if hub.is_address(section[field]):
             section[field] = str(hub.HubFolder.parse(section[field]).pin())
         elif section[field] and not section[field].startswith(build_models.ASSET):

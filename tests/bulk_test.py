@@ -108,7 +108,7 @@ def test_records_are_those_of_an_extraction(tmp_path):
     assert dataclasses.replace(source.dataset, shards=()) == make_dataset(num_shards=3)
     codes = make_codes(0, LABELS)
     for index, record in enumerate(map(source.read, range(10))):
-        assert (record.index, record.label, record.caption) == (index, LABELS[index], None)
+        assert (record.index, record.label, record.captions) == (index, LABELS[index], ())
         assert record.tokens.dtype == np.uint16
         np.testing.assert_array_equal(record.tokens, codes[index : index + 1])
 

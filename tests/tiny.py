@@ -1,6 +1,7 @@
 """The smallest real run: a random tokenizer, a folder of pictures, a one-layer model.
 
-As a config file: `--config tests/tiny.py --config.data.path=… --config.tokenizer.path=…`.
+As a config file: `--config tests/tiny.py --config.data.path=… --config.tokenizer.path=…`; or
+`--config tests/tiny.py:captions --config.tokenizer.path=…`, which learns from captions.
 """
 
 import os
@@ -17,7 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def get_config(preset: str = "recommended"):
     from maskgil_jax import config as schema
 
-    config = schema.preset(preset)
+    captions = preset == "captions"
+    config = schema.preset("recommended" if captions else preset)
     config.model.update(
         num_layers=1,
         width=32,
@@ -38,6 +40,14 @@ def get_config(preset: str = "recommended"):
     config.logging.checkpoint_every = 4
     config.logging.sample_every = 0
     config.sampler.num_steps = 2
+    if captions:
+        config.model.update(
+            family="maskgil-text", text="bytes", text_width=16, text_length=64, byte_heads=2
+        )
+        config.model.num_classes = schema.default().model.num_classes
+        config.model.grid_size = (16, 16)
+        config.data.update(name="canvases", flip=False, image_size=(64, 64))
+        config.data.buckets, config.data.bucket_sizes = "listed", ((64, 64), (64, 96))
     return config
 
 

@@ -55,9 +55,9 @@ def test_a_run_on_tokens_ends_with_samples(config, inputs, tmp_path, capsys):
 
 def take_batches(config, count):
     """Return the first batches that a run would train on."""
-    source, mesh = build.make_source(config), sharding.make_mesh({"data": -1})
-    tokenizer = _open_tokenizer(config, source)
-    batches = _open_batches(config, source, tokenizer, mesh)
+    sources, mesh = build.make_sources(config), sharding.make_mesh({"data": -1})
+    tokenizer = _open_tokenizer(config, sources)
+    batches = _open_batches(config, sources, tokenizer, None, mesh)
     return [jax.tree.map(np.asarray, next(batches)) for _ in range(count)]
 
 

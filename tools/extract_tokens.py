@@ -4,32 +4,46 @@
         --image_size 256 --crops ten_crop --out imagenet_tokens
 
 Train from the folder with `--config.data.name=tokens --config.data.path=imagenet_tokens
---config.data.flip=False`. Started again after a kill with the same command, it keeps the shards
+--config.data.flip=False`. Images with texts, in buckets of one area and many shapes:
+
+    python tools/extract_tokens.py --tokenizer DIR --data captions --format webdataset \
+        --path laion --captions --image_size 256 --buckets area --out laion_tokens
+
+Started again after a kill with the same command, it keeps the shards
 that are whole. All devices encode; several processes share the shards: give each
 `--coordinator HOST:PORT --num_processes N --process_id I` and the same folder.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from extraction.processes import extract
 from extraction.shards import Encode, Place
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
 from maskgil_jax import loading, sharding
+from maskgil_jax.build import captions
 from maskgil_jax.build import data as build
+from maskgil_jax.build.sizes import bucket_sizes
+from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.data import crops as crop_kinds
+from maskgil_jax.data.buckets import Size, describe_buckets, format_size, split_by_bucket
 from maskgil_jax.data.crops import Crops
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.folder import ImageFolderSource
 from maskgil_jax.data.pipeline import Source
+from maskgil_jax.data.token_buckets import BUCKETS_FILE, describe_token_buckets
 from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.tokenizers.base import Tokenizer
 
 IMAGE_SETS = tuple(name for name in build.DATASETS if name != "tokens")
@@ -44,10 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", required=True, help="directory, hf:// address or asset:NAME")
     add("--out", required=True, type=pathlib.Path, help="folder to write")
     add("--data", required=True, choices=IMAGE_SETS, help="kind of data set")
-    add("--path", default="", help="folder: root of <split>/<class>/<image>; tfds: data_dir")
+    add("--path", default="", help="as data.path: root of <split>/<class>/<image>, data_dir, …")
+    add("--format", default="", help=f"of captions: {', '.join(captions.FORMATS)}")
+    add("--caption_key", help="of captions in a TFDS data set: feature (default: captions/text)")
+    add(
+        "--allow_incomplete",
+        action="store_true",
+        help="captions: leave out and count what lacks an image or a text",
+    )
     add("--tfds_name", help="name of a prepared TFDS data set (default: imagenet2012)")
     add("--split", default="train")
     add("--image_size", required=True, type=int, help="side of the encoded squares in pixels")
+    add("--buckets", default="none", help="none, or area: other shapes of the same area, too")
+    add("--bucket_multiple", type=int, help="unit of the sides of buckets in pixels (default: 32)")
+    add("--bucket_max_ratio", type=float, help="longer over shorter side at most (default: 4)")
     add("--crops", default="center", choices=crop_kinds.KINDS, help="what is encoded of an image")
     add("--crop_scales", help="of ten_crop: sides of the larger squares (default: 1.1,1.05)")
     add("--captions", action="store_true", help="keep the texts of the images")
@@ -72,32 +96,69 @@ def open_source(args: argparse.Namespace) -> Source:
         raise ValueError(f"--path {args.path!r} is given, but {args.data} have no folder")
     if args.data != "tfds" and args.tfds_name is not None:
         raise ValueError(f"--tfds_name {args.tfds_name!r} is given, but --data is {args.data}")
+    return build.make_source(make_config(args))
+
+
+def make_config(args: argparse.Namespace) -> ConfigDict:
+    """Return the configuration of the data set of images that the command line names.
+
+    Raises:
+        ValueError: flags that do not go together.
+    """
     config = schema.preset()
-    config.data.name, config.data.path, config.data.split = args.data, args.path, args.split
-    if args.tfds_name is not None:
-        config.data.tfds_name = args.tfds_name
+    data = config.data
+    data.name, data.path, data.split = args.data, args.path, args.split
+    data.image_size = (args.image_size, args.image_size)
+    for name in ("format", "allow_incomplete", "buckets"):
+        data[name] = getattr(args, name)
+    for name in ("tfds_name", "caption_key", "bucket_multiple", "bucket_max_ratio"):
+        if getattr(args, name) is not None:
+            data[name] = getattr(args, name)
     # None is replaced by another: that would store an image twice.
-    config.data.max_bad_images = 0
-    return build.make_source(config)
+    data.max_bad_images = 0
+    if args.data == "captions":
+        # What the tokens are for; how its captions are read is not decided yet.
+        config.model.family, config.model.text = MaskGILTextConfig.family, "bytes"
+        config.data.flip = False
+    captions.check_settings(config)
+    return config
+
+
+def check_captions(args: argparse.Namespace, source: Source, crops: Crops) -> None:
+    """Refuse captions that are not there, that would be lost, or that would be of mirror images.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if not args.captions:
+        if args.data == "captions":
+            raise ValueError("--data captions without --captions would lose the texts; add it")
+        return
+    if "caption" not in (fields := source[0]):
+        raise DatasetError(
+            f"--captions is given, but records of {source.name} have only {sorted(fields)}"
+        )
+    if any("flip" in name for name in crops.names):
+        raise ValueError(
+            f"--crops {args.crops} has mirror images, of which captions say left for right and "
+            "right for left; use --crops center"
+        )
 
 
 def describe(
     args: argparse.Namespace, source: Source, tokenizer: Tokenizer, crops: Crops
 ) -> TokenDataset:
-    """Return what the command line asks for.
+    """Return what the command line asks for, of one size of images.
 
     Raises:
-        ValueError: the image size does not suit the tokenizer, captions are asked for that are not
-            there, or the number of shards is out of range.
+        ValueError: the image size does not suit the tokenizer, or the number of shards is out of
+            range.
     """
     spec = tokenizer.spec
-    spec.grid_size(args.image_size, args.image_size)
+    height, width = (crops.size,) * 2 if isinstance(crops.size, int) else crops.size
+    spec.grid_size(height, width)
     if spec.image_channels != 3:
         raise ValueError(f"the tokenizer takes {spec.image_channels} channels; images have 3 (RGB)")
-    if args.captions and "caption" not in (fields := source[0]):
-        raise DatasetError(
-            f"--captions is given, but records of {source.name} have only {sorted(fields)}"
-        )
     return TokenDataset(
         tokenizer=TokenizerOrigin(
             family=spec.family,
@@ -111,10 +172,11 @@ def describe(
         source_records=len(source),
         num_classes=getattr(source, "num_classes", None),
         has_captions=args.captions,
-        image_size=(args.image_size, args.image_size),
+        image_size=(height, width),
         crops=crops.names,
         batch_size=args.batch_size,
-        num_shards=args.num_shards,
+        # The images of a bucket may be fewer than the shards.
+        num_shards=min(args.num_shards, len(source)) if args.buckets != "none" else args.num_shards,
     )
 
 
@@ -156,29 +218,88 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--max_bad_images {args.max_bad_images} must be at least 0")
     began = time.monotonic()
     crops, source = make_crops(args), open_source(args)
+    check_captions(args, source, crops)
     tokenizer = loading.load_tokenizer(args.tokenizer)
     encode, mesh = make_encode(tokenizer)
     sharding.check_batch_size("--batch_size", args.batch_size, mesh)
-    finished = extract(
-        describe(args, source, tokenizer, crops),
-        source,
-        crops,
-        encode,
-        args.out,
-        place=Place(index=jax.process_index(), count=jax.process_count()),
-        max_bad_images=args.max_bad_images,
-        num_threads=args.num_threads,
-        synchronise=lambda: multihost_utils.sync_global_devices("extraction"),
-    )
+    place = Place(index=jax.process_index(), count=jax.process_count())
+
+    def extract_one(
+        wanted: TokenDataset, source: Source, crops: Crops, out: pathlib.Path, skipped: int
+    ) -> TokenDataset:
+        return extract(
+            wanted,
+            source,
+            crops,
+            encode,
+            out,
+            place=place,
+            max_bad_images=args.max_bad_images,
+            skipped_before=skipped,
+            num_threads=args.num_threads,
+            synchronise=lambda: multihost_utils.sync_global_devices("extraction"),
+        )
+
+    if args.buckets == "none":
+        wanted = describe(args, source, tokenizer, crops)
+        finished = [extract_one(wanted, source, crops, args.out, 0)]
+        grids: dict[str, Any] = {"grid": finished[0].grid}
+    else:
+        buckets = bucket_sizes(make_config(args))
+        sources = split_by_bucket(
+            source, buckets, num_threads=args.num_threads, keep_unreadable=True
+        )
+        place.say(describe_buckets(sources, 1))
+        jobs = {
+            size: (describe(args, part, tokenizer, shaped), part, shaped)
+            for size, part in sources.items()
+            for shaped in [dataclasses.replace(crops, size=size)]
+        }
+        finished = extract_buckets(jobs, args.out, place, extract_one)
+        grids = {"buckets": {format_size(d.image_size): d.count for d in finished}}
     return {
         "out": str(args.out),
-        "images": finished.count,
-        "skipped": sum(len(shard.skipped) for shard in finished.shards),
-        "crops": len(finished.crops),
-        "grid": finished.grid,
-        "dtype": finished.layout.dtype,
+        "images": sum(dataset.count for dataset in finished),
+        "skipped": sum(map(count_skipped, finished)),
+        "crops": len(finished[0].crops),
+        **grids,
+        "dtype": finished[0].layout.dtype,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def count_skipped(dataset: TokenDataset) -> int:
+    """Return the number of images that were left out."""
+    return sum(len(shard.skipped) for shard in dataset.shards)
+
+
+def extract_buckets(
+    jobs: Mapping[Size, tuple[TokenDataset, Source, Crops]],
+    out: pathlib.Path,
+    place: Place,
+    extract_one: Callable[[TokenDataset, Source, Crops, pathlib.Path, int], TokenDataset],
+) -> list[TokenDataset]:
+    """Extract one bucket after the other, and list them when all are whole.
+
+    Raises:
+        DatasetError: the folder holds something else, or a bucket cannot be extracted.
+    """
+    names = {format_size(size) for size in jobs} | {BUCKETS_FILE}
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    if others := sorted(there - names):
+        raise DatasetError(
+            f"{out} holds {', '.join(others[:3])}, which these buckets do not have; give the "
+            "settings it was started with, or choose an empty folder"
+        )
+    finished: dict[Size, TokenDataset] = {}
+    for size in sorted(jobs):
+        wanted, part, shaped = jobs[size]
+        place.say(f"bucket {format_size(size)}: {len(part):,} images")
+        skipped = sum(map(count_skipped, finished.values()))
+        finished[size] = extract_one(wanted, part, shaped, out / format_size(size), skipped)
+    if place.index == 0:
+        write_text_atomically(out / BUCKETS_FILE, describe_token_buckets(finished))
+    return list(finished.values())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from maskgil_jax.text.costs import estimate_cost
 from maskgil_jax.text.gemma import DTYPES, PUBLISHED, GemmaConfig
@@ -45,7 +46,7 @@ def make_tables(
     configs: dict[str, GemmaConfig], *, tokens: int, batch_size: int, hidden_layer: int
 ) -> str:
     """Return two Markdown tables: memory and operations, and the least times."""
-    sizes = dict(tokens=tokens, hidden_layer=hidden_layer)
+    sizes: dict[str, Any] = dict(tokens=tokens, hidden_layer=hidden_layer)
     lines = [
         f"| model | parameters | in float32 | in bfloat16 | beside, for {batch_size} captions "
         f"(bfloat16) | operations per caption of {tokens} tokens |",

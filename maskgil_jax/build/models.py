@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
+from maskgil_jax.build.sizes import bucket_sizes
 from maskgil_jax.decoding.prediction import Predictor
 from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.masking import check_choice
@@ -20,7 +21,7 @@ from maskgil_jax.models.captions import Caption
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.text.base import TextEncoder
-from maskgil_jax.text.prompts import check_prompts, encode_bytes
+from maskgil_jax.text.prompts import check_prompts, encode_bytes, show
 from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
@@ -67,6 +68,18 @@ def model_config(config: ConfigDict) -> TokenModelConfig:
                 f"{family.family!r}; leave it at {unset[name]!r}"
             )
     return family(**{name: value for name, value in fields.items() if name in known})
+
+
+def text_model_config(config: ConfigDict) -> MaskGILTextConfig:
+    """Return the model section of a run that learns from captions, validated.
+
+    Raises:
+        ValueError: as `model_config`, or if the family is another one.
+    """
+    model = model_config(config)
+    if not isinstance(model, MaskGILTextConfig):
+        raise ValueError(f"model.family {model.family!r} is not conditioned on captions")
+    return model
 
 
 # Setting → the setting that it belongs to, and the values with which it has an effect.
@@ -174,6 +187,9 @@ def check_fit(config: ConfigDict, spec: TokenizerSpec, num_classes: int | None) 
     problems = []
     if any(side % factor for side in size):
         problems.append(f"data.image_size {size} is not divisible by the tokenizer's {factor}")
+    sizes = set(bucket_sizes(config)) - {size}
+    if wrong := [bucket for bucket in sorted(sizes) if any(side % factor for side in bucket)]:
+        problems.append(f"buckets {wrong} are not divisible by the tokenizer's {factor}")
     grid = tuple(side // factor for side in size)
     if tuple(config.model.grid_size) != grid:
         problems.append(
@@ -223,18 +239,30 @@ def read_prompts(
             model that needs one.
     """
     if config.text == "bytes":
-        return Caption(*encode_bytes(prompts, config.text_length))
+        ids, lengths, cut = encode_bytes(prompts, config.text_length)
+        _check_whole(prompts, cut, f"{config.text_length} bytes")
+        return Caption(ids, lengths)
     if encoder is None:
         raise ValueError(
             "the model reads features of a text encoder; name the one that it was trained with, "
             "--text_encoder or `text_encoder=`"
         )
-    ids, lengths = encoder.tokenize(check_prompts(prompts))
+    ids, lengths, cut = encoder.tokenize(check_prompts(prompts))
+    _check_whole(prompts, cut, f"{encoder.max_length} tokens")
     parts = [
         np.asarray(encoder.encode(ids[first : first + _PROMPTS], lengths[first : first + _PROMPTS]))
         for first in range(0, len(ids), _PROMPTS)
     ]
     return Caption(np.concatenate(parts), lengths)
+
+
+def _check_whole(prompts: Sequence[str], cut: np.ndarray, most: str) -> None:
+    if cut.any():
+        number = int(cut.argmax())
+        raise ValueError(
+            f"prompt {number} {show(prompts[number])} of {len(prompts[number]):,} characters is "
+            f"longer than the {most} that the model reads; shorten it"
+        )
 
 
 def training_apply(config: TokenModelConfig) -> Callable[..., Any]:

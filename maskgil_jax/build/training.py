@@ -7,13 +7,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maskgil_jax import sharding
-from maskgil_jax.build import data, models, tasks, tokenizers
+from maskgil_jax.build import captions, data, models, tasks, tokenizers
 from maskgil_jax.masking import check_choice
 from maskgil_jax.training import steps
 from maskgil_jax.training.loop import LoopConfig
 
 KINDS = ("maskgil", "tokenizer")
-REPORTS = ("none", "digits", "canvases")  # each but "none" needs the dataset of its name
+# Each needs the dataset of its name, the last one with captions.
+REPORTS = ("none", "digits", "canvases", "captioned_canvases")
 
 
 def loop_config(config: ConfigDict) -> LoopConfig:
@@ -59,14 +60,20 @@ def validate(config: ConfigDict) -> None:
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed {config.seed} is out of range; allowed: 0 to {2**32 - 1}")
     data.check_token_settings(config)
+    captions.check_settings(config)
     transform = data.image_transform(config)
     report = config.report.name
-    if report not in ("none", config.data.name):
+    if report not in ("none", config.data.name, f"captioned_{config.data.name}"):
+        needed = report.removeprefix("captioned_")
         raise ValueError(
-            f"report.name {report!r} needs data.name {report!r}, not {config.data.name!r}"
+            f"report.name {report!r} needs data.name {needed!r}, not {config.data.name!r}"
         )
     if report == "canvases" and config.kind != "tokenizer":
         raise ValueError("report.name 'canvases' is for kind 'tokenizer'; use 'none'")
+    if report == "captioned_canvases" and not captions.is_captioned(config):
+        raise ValueError(
+            "report.name 'captioned_canvases' is for model.family 'maskgil-text'; use 'none'"
+        )
     if config.kind == "tokenizer":
         vq = models.tokenizer_config(config)
         vq.spec.grid_size(*config.data.image_size)
@@ -88,6 +95,7 @@ def validate(config: ConfigDict) -> None:
 
 _LEAST = {
     "data.cache_copies": 1,
+    "data.num_records": 0,
     "data.num_threads": 0,
     "data.prefetch": 1,
     "evaluation.batch_size": 1,

@@ -15,6 +15,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
+from maskgil_jax.data.errors import ImageReadError
+
 Size = tuple[int, int]  # height and width in pixels
 
 
@@ -124,6 +126,10 @@ class Subset:
         self.name = f"{source.name} {label} {digest}"
         self.num_classes = getattr(source, "num_classes", None)
 
+    def describe(self, index: int) -> str:
+        """Return the name of an image, of a source that has names for them."""
+        return self.source.describe(int(self.indices[index]))
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -135,7 +141,7 @@ class Subset:
 
 
 def split_by_bucket(
-    source: Any, buckets: Sequence[Size], *, num_threads: int = 8
+    source: Any, buckets: Sequence[Size], *, num_threads: int = 8, keep_unreadable: bool = False
 ) -> dict[Size, Subset]:
     """Sort the images of a source into buckets; those that get none are left out of the result.
 
@@ -145,6 +151,8 @@ def split_by_bucket(
       source: data set whose `image_size(index)` gives an image's height and width.
       buckets: sizes to choose from.
       num_threads: threads that read headers.
+      keep_unreadable: put images whose header cannot be read into the fullest bucket, for a reader
+        that counts what it cannot read, instead of failing.
 
     Raises:
       ValueError: the source cannot tell sizes, or has no images.
@@ -158,9 +166,28 @@ def split_by_bucket(
         raise ValueError(f"{source.name} has no images")
     choose = functools.cache(lambda size: choose_bucket(size, buckets))
     members: dict[Size, list[int]] = {}
+    unreadable = []
+
+    def find_size(index: int) -> Size | None:
+        try:
+            return source.image_size(index)
+        except ImageReadError:
+            if not keep_unreadable:
+                raise
+            return None
+
     with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
-        for index, size in enumerate(pool.map(source.image_size, range(len(source)))):
-            members.setdefault(choose(size), []).append(index)
+        for index, size in enumerate(pool.map(find_size, range(len(source)))):
+            if size is None:
+                unreadable.append(index)
+            else:
+                members.setdefault(choose(size), []).append(index)
+    if unreadable:
+        if not members:
+            raise ImageReadError(f"all {len(unreadable)} images of {source.name} are unreadable")
+        fullest = max(members.values(), key=len)
+        fullest.extend(unreadable)
+        fullest.sort()
     return {size: Subset(source, members[size], format_size(size)) for size in sorted(members)}
 
 

@@ -1,7 +1,8 @@
 """Views of an image that are encoded in place of random crops, when tokens are stored.
 
 The tokens of a data set are extracted once, so that augmentation has to be chosen beforehand: the
-central square, with its mirror image, or ten crops of a slightly larger central square.
+central window of the size asked for, with its mirror image, or ten crops of a slightly larger
+central square.
 
 Reference: `autoregressive/train/extract_codes_c2i.py` of FoundationVision/LlamaGen; `TenCrop` of
 torchvision, whose places and order the ten crops have.
@@ -21,29 +22,31 @@ _PLACES = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Crops:
-    """Cut the square views of an image that are encoded.
+    """Cut the views of an image that are encoded.
 
     Attributes:
       kind: `center`; `center_flip`, which adds its mirror image; or `ten_crop`: the four corners
         and the centre of a larger central square, and the same of its mirror image.
-      size: side of a view in pixels.
+      size: side of a square view in pixels; or height and width, but not of `ten_crop`.
       scales: of `ten_crop`: sides of the larger square over `size`, ten views each; rounded down
         to pixels.
 
     Raises:
-      ValueError: an unknown kind, a size below 1, scales without `ten_crop`, or a scale that gives
-        no larger square or the same one as another.
+      ValueError: an unknown kind, a size below 1, `ten_crop` of another shape than a square, scales
+        without it, or a scale that gives no larger square or the same one as another.
     """
 
     kind: str
-    size: int
+    size: int | tuple[int, int]
     scales: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"crops {self.kind!r} are unknown; allowed: {', '.join(KINDS)}")
-        if self.size < 1:
+        if min(self._shape) < 1:
             raise ValueError(f"size = {self.size}; give at least 1 pixel")
+        if self.kind == "ten_crop" and len(set(self._shape)) > 1:
+            raise ValueError(f"crops 'ten_crop' are squares, not {self.size}; use 'center'")
         if bool(self.scales) != (self.kind == "ten_crop"):
             raise ValueError(
                 f"crop scales {list(self.scales)} with crops {self.kind!r}; ten_crop needs at "
@@ -52,7 +55,7 @@ class Crops:
         if not all(1 < scale <= 16 for scale in self.scales):
             raise ValueError(f"crop scales {list(self.scales)} must be more than 1, at most 16")
         sides = [self._side(scale) for scale in self.scales]
-        if self.size in sides or len(set(sides)) < len(sides):
+        if self._shape[0] in sides or len(set(sides)) < len(sides):
             raise ValueError(
                 f"crop scales {list(self.scales)} of {self.size} pixels give squares of {sides}; "
                 f"all must differ and be larger than {self.size}: their crops would be the same"
@@ -70,7 +73,7 @@ class Crops:
             for place in _PLACES
         )
 
-    def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "n s s 3"]:
+    def __call__(self, image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "n h w 3"]:
         """Return the views in the order of `names`."""
         if self.kind == "ten_crop":
             squares = [center_crop(image, self._side(scale)) for scale in self.scales]
@@ -79,11 +82,16 @@ class Crops:
         view = center_crop(image, self.size)
         return np.stack([view, view[:, ::-1]] if self.kind == "center_flip" else [view])
 
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
     def _side(self, scale: float) -> int:
-        return int(self.size * scale)
+        return int(self._shape[0] * scale)
 
     def _five(self, square: UInt8[np.ndarray, "H W 3"]) -> list[np.ndarray]:
-        far = len(square) - self.size
+        size, _ = self._shape
+        far = len(square) - size
         middle = round(far / 2)  # half to even, as torchvision does
         corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
-        return [square[y : y + self.size, x : x + self.size] for y, x in corners]
+        return [square[y : y + size, x : x + size] for y, x in corners]

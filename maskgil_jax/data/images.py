@@ -6,7 +6,7 @@ import pathlib
 import struct
 import warnings
 from collections.abc import Callable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -24,7 +24,11 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 
-Record = dict[str, np.ndarray]
+# The EXIF tag, and its values for images that lie on a side.
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+
+Record = dict[str, Any]
+_T = TypeVar("_T")
 
 
 def decode_rgb(
@@ -53,6 +57,27 @@ def decode_mask(file: str | pathlib.Path | bytes) -> Bool[np.ndarray, "H W"]:
       ImageReadError: the file is missing, truncated, no readable image, or partly transparent.
     """
     return np.asarray(_read(file, _to_grey, True)) >= 128
+
+
+def read_size(file: str | pathlib.Path | bytes, *, upright: bool = False) -> tuple[int, int]:
+    """Return height and width in pixels from the header of an image file, or of its bytes.
+
+    Args:
+      file: its path, or its bytes, of which the header is enough.
+      upright: whether to apply the EXIF orientation.
+
+    Raises:
+      ImageReadError: the file is missing or no image.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            # Pillow turns TIFF files itself. Its method for PNG files would decode the image, to
+            # find what may stand behind it.
+            is_lying = Image.Image.getexif(image).get(_ORIENTATION, 1) in _LYING
+            turned = upright and is_lying and image.format != "TIFF"
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except _PILLOW_ERRORS as error:
+        raise ImageReadError(_explain(error)) from error
 
 
 def _read(
@@ -100,11 +125,18 @@ class TolerantReader:
         return tuple(self._bad.values())
 
     def __getitem__(self, index: SupportsIndex) -> Record:
+        return self.apply(self._read, index)
+
+    def apply(self, read: Callable[[int], _T], index: SupportsIndex) -> _T:
+        """Read something else of a record, such as its image's size, or of the one that stands in.
+
+        `read` raises ImageReadError, as the reader of records does.
+        """
         first = range(self._length)[operator.index(index)]
         for candidate in range(first, first + self._length):
             candidate %= self._length
             try:
-                return self._read(candidate)
+                return read(candidate)
             except ImageReadError as error:
                 self._note(candidate, error)
         raise ImageReadError(f"all {self._length} images are unreadable")
@@ -122,7 +154,7 @@ class TolerantReader:
                 f"{message}; repair or remove it, or allow some with max_bad_images"
             ) from error
         if is_new:
-            warnings.warn(f"{message}; the next readable image stands in", stacklevel=3)
+            warnings.warn(f"{message}; the next readable image stands in", stacklevel=4)
 
 
 def _explain(error: Exception) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from maskgil_jax.data.captions import as_field
 from maskgil_jax.data.errors import DatasetError, ImageReadError
-from maskgil_jax.data.images import Record, TolerantReader, decode_rgb
+from maskgil_jax.data.images import Record, TolerantReader, decode_rgb, read_size
 
 _METADATA = "dataset_info.json"
 
@@ -99,6 +100,140 @@ class TFDSSource:
         return {"image": decode_rgb(record[image_key]), "label": label}
 
 
+class TFDSCaptionSource:
+    """Give a prepared dataset of images with texts as `{"image": uint8 [H W 3], "caption": str}`.
+
+    Images are upright, as their EXIF orientation says. Where an image has several texts, `caption`
+    is an array of them, of which `transforms.PickCaption` draws one. Texts are in the records, so
+    that one that is empty or not UTF-8 shows when its record is read.
+
+    Args:
+      name, split, data_dir: as of `TFDSSource`, such as "coco_captions".
+      image_key: feature to read, an Image.
+      caption_key: Text feature to read, or a Sequence of it, with slashes between the names of
+        nested features, such as "captions/text".
+      max_bad_images: how many unreadable images may be replaced by the next readable one, each
+        with a warning; one more is an error.
+
+    Raises:
+      DatasetError: as `TFDSSource`; from indexing, at a record without a text.
+      ImageReadError: from indexing, at one unreadable image more than allowed; names the record.
+    """
+
+    num_classes = None
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data_dir: str | os.PathLike,
+        *,
+        image_key: str = "image",
+        caption_key: str = "captions/text",
+        max_bad_images: int = 0,
+    ):
+        data_dir = pathlib.Path(data_dir).expanduser()
+        self._folder = _find_prepared(name, data_dir)
+        builder = tfds.builder_from_directory(self._folder)
+        features = dict(builder.info.features.items())
+        _check_image_feature(features, image_key)
+        self._caption_path = _find_text_feature(features, caption_key)
+        self._image_key = image_key
+        self._records = _open_records(name, data_dir, builder, split, image_key)
+        self._reader = TolerantReader(self._read, self.describe, len(self._records), max_bad_images)
+        self.name = f"{name}/{split} {caption_key}"
+
+    @property
+    def bad_images(self) -> tuple[str, ...]:
+        """Descriptions of the unreadable images met so far."""
+        return self._reader.bad_images
+
+    def describe(self, index: int) -> str:
+        """Return the name of an image."""
+        return f"{index} of {self.name} in {self._folder}"
+
+    def image_size(self, index: SupportsIndex) -> tuple[int, int]:
+        """Return height and width of an image, or of the one that stands in, from its header."""
+        return self._reader.apply(
+            lambda i: read_size(self._read_record(i)[self._image_key], upright=True), index
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        return self._reader[index]
+
+    def __repr__(self) -> str:
+        return f"TFDSCaptionSource({self.name!r}, {str(self._folder)!r}, {len(self)} images)"
+
+    def _read_record(self, index: int) -> Any:
+        try:
+            return self._records[index]
+        except RuntimeError as error:  # a checksum of the file does not fit
+            raise ImageReadError(f"damaged record: {error}") from error
+
+    def _read(self, index: int) -> Record:
+        record = self._read_record(index)
+        value = record
+        for part in self._caption_path:
+            value = value[part]
+        texts = []
+        for data in [value] if isinstance(value, bytes) else value:
+            try:
+                texts.append(data.decode().strip())
+            except UnicodeDecodeError as error:
+                raise DatasetError(
+                    f"a caption of {self.describe(index)} is not UTF-8: {error}"
+                ) from error
+        if not texts or not all(texts):
+            raise DatasetError(
+                f"{self.describe(index)} has {'an empty' if texts else 'no'} caption; use a split "
+                "whose images all have one"
+            )
+        image = decode_rgb(record[self._image_key], upright=True)
+        return {"image": image, "caption": as_field(texts)}
+
+
+def _check_image_feature(features: Mapping[str, Any], image_key: str) -> None:
+    if not isinstance(features.get(image_key), tfds.features.Image):
+        raise DatasetError(
+            f"feature {image_key!r} is not there as Image; the dataset has "
+            f"{_name_kinds(features)}; choose with image_key"
+        )
+
+
+def _find_text_feature(features: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Return the names on the way to a Text feature; a name may have slashes itself."""
+
+    def find(inner: Mapping[str, Any], rest: str) -> tuple[str, ...] | None:
+        for name, feature in inner.items():
+            if not f"{rest}/".startswith(f"{name}/"):
+                continue
+            if isinstance(feature, tfds.features.Sequence):
+                feature = feature.feature
+            left = rest[len(name) + 1 :]
+            if not left and isinstance(feature, tfds.features.Text):
+                return (name,)
+            if left and isinstance(feature, tfds.features.FeaturesDict):
+                found = find(dict(feature.items()), left)
+                if found is not None:
+                    return (name, *found)
+        return None
+
+    found = find(features, key)
+    if found is not None:
+        return found
+    raise DatasetError(
+        f"feature {key!r} is not there as Text; the dataset has {_name_kinds(features)}; choose "
+        "with caption_key, such as captions/text for a Text inside"
+    )
+
+
+def _name_kinds(features: Mapping[str, Any]) -> dict[str, str]:
+    return {name: type(feature).__name__ for name, feature in features.items()}
+
+
 def _find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path:
     """Return the folder of the version asked for, or else of the newest prepared one."""
     folder = data_dir / name.replace(":", "/")
@@ -130,9 +265,9 @@ def _check_features(features: Mapping[str, Any], image_key: str, label_key: str)
     wanted = {image_key: tfds.features.Image, label_key: tfds.features.ClassLabel}
     for key, kind in wanted.items():
         if not isinstance(features.get(key), kind):
-            there = {name: type(feature).__name__ for name, feature in features.items()}
             raise DatasetError(
-                f"feature {key!r} is not there as {kind.__name__}; the dataset has {there}; "
+                f"feature {key!r} is not there as {kind.__name__}; the dataset has "
+                f"{_name_kinds(features)}; "
                 "choose with image_key and label_key"
             )
     return features[label_key].num_classes

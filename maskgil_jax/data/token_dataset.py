@@ -3,8 +3,13 @@
 A folder holds `tokens-00000-of-00016.array_record` … and one `dataset.json` (`TokenDataset`), that
 says which tokenizer made the tokens, of which images and crops, and what every shard holds. A
 record is one image in the safetensors format: `tokens` [crops gh gw], `index` int64 [], the number
-of the image in its source, and what the source has of `label` int32 [] and `caption` (UTF-8 as
-uint8 [bytes]). `token_records` writes and reads the files of records.
+of the image in its source, and what the source has of `label` int32 [] and texts: `caption` (UTF-8
+as uint8 [bytes]), or of an image with several `captions`, one behind the other, and their bytes
+`caption_lengths` int32 [texts]. `token_records` writes and reads the files of records.
+
+Features of a text encoder have no place in a record yet. They will be further arrays, one row per
+text, and the encoder a further field of `dataset.json`, without which they cannot be read: another
+`VERSION`.
 """
 
 import dataclasses
@@ -36,13 +41,13 @@ class TokenRecord:
       tokens: codes [crops gh gw] of any integer type.
       index: number of the image in its source.
       label: class, or `None`.
-      caption: text, or `None`.
+      captions: texts, or none.
     """
 
     tokens: Integer[np.ndarray, "crops gh gw"]
     index: int
     label: int | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ class Layout:
       grid: rows and columns of tokens.
       crops: number of crops of every image.
       num_classes: labels are in [0, num_classes); `None` where images have none.
-      has_captions: whether every image has a text.
+      has_captions: whether every image has a text or several.
     """
 
     codebook_size: int
@@ -90,8 +95,8 @@ class Layout:
             )
         if record.label is not None and not 0 <= record.label < (self.num_classes or 0):
             raise DatasetError(f"label {record.label}; allowed 0..{(self.num_classes or 0) - 1}")
-        if (record.caption is None) == self.has_captions:
-            raise DatasetError(f"caption {record.caption!r} where has_captions {self.has_captions}")
+        if bool(record.captions) != self.has_captions:
+            raise DatasetError(f"captions {record.captions} where has_captions {self.has_captions}")
 
     def encode(self, record: TokenRecord) -> bytes:
         """Return the bytes of a record, the same for the same record.
@@ -106,8 +111,12 @@ class Layout:
         }
         if record.label is not None:
             arrays["label"] = np.asarray(record.label, np.int32)
-        if record.caption is not None:
-            arrays["caption"] = np.frombuffer(record.caption.encode(), np.uint8)
+        texts = [text.encode() for text in record.captions]
+        if texts:
+            name = "caption" if len(texts) == 1 else "captions"
+            arrays[name] = np.frombuffer(b"".join(texts), np.uint8)
+        if len(texts) > 1:
+            arrays["caption_lengths"] = np.asarray(list(map(len, texts)), np.int32)
         return safetensors.numpy.save(arrays)
 
     def decode(self, data: bytes) -> TokenRecord:
@@ -122,16 +131,23 @@ class Layout:
                 tokens=_take(arrays, "tokens", self.dtype, 3),
                 index=int(_take(arrays, "index", "int64", 0)),
                 label=int(_take(arrays, "label", "int32", 0)) if "label" in arrays else None,
-                caption=(
-                    _take(arrays, "caption", "uint8", 1).tobytes().decode()
-                    if "caption" in arrays
-                    else None
-                ),
+                captions=_take_captions(arrays),
             )
         except (safetensors.SafetensorError, KeyError, UnicodeDecodeError) as error:
             raise DatasetError(f"it is no token record: {error}") from error
         self.check(record)
         return record
+
+
+def _take_captions(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    if "captions" not in arrays:
+        one = "caption" in arrays
+        return (_take(arrays, "caption", "uint8", 1).tobytes().decode(),) if one else ()
+    data = _take(arrays, "captions", "uint8", 1).tobytes()
+    ends = np.cumsum(_take(arrays, "caption_lengths", "int32", 1)).tolist()
+    if not ends or ends[-1] != len(data) or ends != sorted(ends):
+        raise DatasetError(f"caption_lengths end at {ends[-1:]}; the captions have {len(data)}")
+    return tuple(data[a:b].decode() for a, b in zip([0, *ends], ends, strict=False))
 
 
 def _take(arrays: Mapping[str, np.ndarray], name: str, dtype: str, ndim: int) -> np.ndarray:

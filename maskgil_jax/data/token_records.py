@@ -10,12 +10,13 @@ import operator
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from maskgil_jax.data.captions import as_field
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.token_dataset import (
     DATASET_FILE,
@@ -102,22 +103,32 @@ class TokenRecordSource:
     """Give stored tokens as `{"tokens": int32 [crops gh gw], "label": int32 []}`.
 
     There is no `label` where the images had none. `transforms.PickCrop` chooses one of the crops.
+    With captions, records are `{"tokens", "caption": str}`; where an image has several texts,
+    `caption` is an array of them, of which `transforms.PickCaption` draws one.
 
     Args:
       path: folder that `tools/extract_tokens.py` wrote.
+      captions: give the texts instead of the labels.
       check_records: read every record once at opening, on all cores, and compare the SHA-256 of
         every shard. Without, a shard is checked for its size and number of records at opening, and
         each record when it is read.
 
     Raises:
-      DatasetError: `dataset.json` is missing or damaged, shards are missing, cut short or changed,
-        or a record is damaged, of another shape, doubled, or holds a code outside the codebook;
-        with the names of shard and record.
+      DatasetError: texts are asked for that are not there, `dataset.json` is missing or damaged,
+        shards are missing, cut short or changed, or a record is damaged, of another shape, doubled,
+        or holds a code outside the codebook; with the names of shard and record.
     """
 
-    def __init__(self, path: str | os.PathLike, *, check_records: bool = True):
+    def __init__(
+        self, path: str | os.PathLike, *, captions: bool = False, check_records: bool = True
+    ):
         self._folder = pathlib.Path(path).expanduser()
+        self._gives_captions = captions
         self.dataset = read_dataset(self._folder)
+        if captions and not self.dataset.has_captions:
+            raise DatasetError(
+                f"the tokens in {self._folder} have no captions; extract them again with --captions"
+            )
         self._check_shards(check_records)
         filled = [shard for shard in self.dataset.shards if shard.count]
         if not filled:
@@ -136,10 +147,12 @@ class TokenRecordSource:
     def __len__(self) -> int:
         return self.dataset.count
 
-    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         record = self.read(index)
-        fields = {"tokens": record.tokens.astype(np.int32)}
-        if record.label is not None:
+        fields: dict[str, Any] = {"tokens": record.tokens.astype(np.int32)}
+        if self._gives_captions:
+            fields["caption"] = as_field(record.captions)
+        elif record.label is not None:
             fields["label"] = np.asarray(record.label, np.int32)
         return fields
 

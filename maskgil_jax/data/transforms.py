@@ -6,13 +6,14 @@ alone, draws the same numbers from it whatever the image, and leaves the given r
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-Record = dict[str, np.ndarray]
+Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator], Record]
 
 
@@ -181,6 +182,35 @@ class PickCrop:
         """Draw once, and take that crop."""
         tokens = record["tokens"]
         return record | {"tokens": tokens[rng.integers(len(tokens))]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadCaption:
+    """Turn the text `caption` into ids, `caption` int32 [s] and `caption_length` int32 [].
+
+    Attributes:
+      tokenize: texts to ids [b s], padded to one length, and lengths [b], the first two of a tuple.
+    """
+
+    tokenize: Callable[[Sequence[str]], tuple[np.ndarray, ...]]
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Read the caption."""
+        ids, lengths, *_ = self.tokenize([record["caption"]])
+        return record | {"caption": ids[0], "caption_length": lengths[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PickCaption:
+    """Take one of the texts of an image, each with the same probability.
+
+    `caption` is a text, which is left as it is, or an array of several.
+    """
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw once, whatever the number of texts, and take that one."""
+        texts = np.atleast_1d(record["caption"])
+        return record | {"caption": str(texts[int(rng.random() * len(texts))])}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Beside the report FILE.json lies a working folder, `.FILE.json.work`, with the settings, the shards
 of features, and the figures of finished points of a sweep. The report appears whole when all is
 measured, and the working folder goes. The report holds no times, so that in one environment it is
-the same to the last byte however often the evaluation was started. One process at a time works on it.
+the same to the last byte however often the evaluation was started. One process at a time works on
+it.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Tokenized(NamedTuple):
@@ -18,10 +18,12 @@ class Tokenized(NamedTuple):
     Attributes:
         ids: int32 [b s], s the encoder's `max_length`, padded on the right.
         lengths: int32 [b], tokens of each that count, in 0…s.
+        cut: of each, whether it had more than s tokens and lost its end.
     """
 
     ids: Int[np.ndarray, "b s"]
     lengths: Int[np.ndarray, " b"]
+    cut: Bool[np.ndarray, " b"]
 
 
 @runtime_checkable
@@ -56,7 +58,7 @@ class TextEncoder(Protocol):
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> Tokenized:
-        """Turn b prompts into ids, right-padded; a cut is warned of.
+        """Turn b prompts into ids, right-padded; the result tells which are cut.
 
         Raises:
             ValueError: a single string, no prompts, or one that is no valid text.

@@ -368,7 +368,7 @@ class _Attention(nn.Module):
     def __call__(self, x, rope, mask):
         cfg = self.config
         e, h, k, d = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        axes = ("embed", "heads", "head_dim")
+        axes: tuple[str | None, ...] = ("embed", "heads", "head_dim")
         query = _Linear(cfg, (e,), (h, d), axes, name="query")(x)
         axes = ("embed", None, "heads", "head_dim")
         key_value = _Linear(cfg, (e,), (2, k, d), axes, name="key_value")(x)

@@ -102,7 +102,7 @@ class GemmaEncoder:
     def tokenize(self, prompts: Sequence[str]) -> Tokenized:
         """Turn b prompts into int32 ids [b max_length] and lengths [b], `bos_id` first.
 
-        Prompts of more tokens are cut at the end, and a warning says how many.
+        Prompts of more tokens are cut at the end, and the result tells which.
 
         Raises:
             ValueError: a single string, no prompts, or one that is no string or not valid Unicode.

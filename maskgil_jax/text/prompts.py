@@ -10,55 +10,67 @@ from maskgil_jax.text.base import Tokenized
 _SHOWN = 40
 
 
-def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts without the blanks around them, in Unicode's composed form.
+def check_texts(prompts: Sequence[str]) -> list[str]:
+    """Return texts as a list.
 
     Raises:
-        ValueError: if a single string is given, or a prompt is no text, empty, or cannot be written
-            as UTF-8 (as what comes from bytes that were none).
+        ValueError: if a single string or nothing is given, or a prompt is no text, or cannot be
+            written as UTF-8 (as what comes from bytes that were none).
     """
     if isinstance(prompts, str | bytes):
-        raise ValueError(f"prompts {show(prompts)} is a single one; give a list, [{show(prompts)}]")
-    checked = []
+        raise ValueError(f"prompts {show(prompts)} is a single text; give a list of them")
+    if not len(prompts):
+        raise ValueError("there are no prompts; give at least one")
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt {number} is {type(prompt).__name__}, not str")
+            kind = type(prompt).__name__
+            raise ValueError(f"prompt {number} is a {kind}, {prompt!r:.80}; give texts")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"prompt {number} {show(prompt)} has no UTF-8 form at character {error.start}: its "
-                "bytes were no UTF-8; save the text as UTF-8"
+                f"prompt {number} {show(prompt)} has half a surrogate pair at character "
+                f"{error.start}: its bytes were no UTF-8; save the text as UTF-8"
             ) from error
-        text = unicodedata.normalize("NFC", prompt).strip()
-        if not text:
-            raise ValueError(f"prompt {number} {show(prompt)} is empty; say what the picture shows")
-        checked.append(text)
+    return list(prompts)
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return prompts without the blanks around them, in Unicode's composed form.
+
+    Raises:
+        ValueError: as `check_texts`, or if a prompt is empty.
+    """
+    checked = [unicodedata.normalize("NFC", text).strip() for text in check_texts(prompts)]
+    if "" in checked:
+        number = checked.index("")
+        raise ValueError(
+            f"prompt {number} {show(prompts[number])} is empty; say what the picture shows"
+        )
     return checked
 
 
 def encode_bytes(prompts: Sequence[str], max_length: int) -> Tokenized:
-    """Turn prompts into the bytes of their UTF-8 form.
+    """Turn prompts into the bytes of their UTF-8 form; longer ones are cut behind a character.
 
     Args:
         prompts: texts, none empty.
         max_length: bytes a prompt may have, and to which it is padded.
 
     Raises:
-        ValueError: as `check_prompts`; or if a prompt is longer, so that its end would not be seen.
+        ValueError: as `check_prompts`.
     """
-    ids = np.zeros((len(prompts), max_length), np.int32)
-    lengths = np.zeros(len(prompts), np.int32)
-    for number, text in enumerate(check_prompts(prompts)):
+    texts = check_prompts(prompts)
+    ids, lengths = np.zeros((len(texts), max_length), np.int32), np.zeros(len(texts), np.int32)
+    cut = np.zeros(len(texts), bool)
+    for number, text in enumerate(texts):
         data = text.encode()
         if len(data) > max_length:
-            raise ValueError(
-                f"prompt {number} {show(text)} has {len(data):,} bytes; the model reads at most "
-                f"{max_length}: shorten it"
-            )
+            cut[number] = True
+            data = data[:max_length].decode(errors="ignore").encode()
         ids[number, : len(data)] = np.frombuffer(data, np.uint8)
         lengths[number] = len(data)
-    return Tokenized(ids, lengths)
+    return Tokenized(ids, lengths, cut)
 
 
 def show(prompt: str | bytes) -> str:

@@ -6,13 +6,13 @@ Needs the extra `text`; the library is imported when a file is read.
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from maskgil_jax.text.base import Tokenized
+from maskgil_jax.text.prompts import check_texts
 
 TOKENIZER_FILE = "tokenizer.json"
 _NO_TOKENIZERS = 'text encoders need tokenizers: pip install "maskgil_jax[text]"'
@@ -94,50 +94,18 @@ class PromptTokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokenized:
         """Turn prompts into int32 ids [b max_length] and lengths [b].
 
-        Prompts of more tokens are cut at the end, and one warning says how many.
+        Prompts of more tokens are cut at the end, and the result tells which.
 
         Raises:
-            ValueError: a single string, no prompts, or one that is no string or not valid Unicode.
+            ValueError: a single string, no prompts, or one that is no text.
         """
-        prompts = check_prompts(prompts)
+        prompts = check_texts(prompts)
         rows = self.library.encode_batch(prompts)
         ids = np.full((len(rows), self.max_length), self.pad_id, np.int32)
         for row, found in zip(ids, rows, strict=True):
             row[: len(found.ids)] = found.ids
-        if cut := [index for index, found in enumerate(rows) if found.overflowing]:
-            warnings.warn(
-                f"{len(cut)} of {len(rows)} prompts have more than {self.max_length} tokens and "
-                f"were cut, the first is prompt {cut[0]}, {prompts[cut[0]][:40]!r}…; shorten them, "
-                "or give a larger max_length",
-                stacklevel=3,
-            )
-        return Tokenized(ids, np.array([len(found.ids) for found in rows], np.int32))
-
-
-def check_prompts(prompts: Any) -> list[str]:
-    """Return a sequence of prompts as a list.
-
-    Raises:
-        ValueError: a single string, no prompts, or one that is no string or not valid Unicode.
-    """
-    if isinstance(prompts, str | bytes):
-        raise ValueError(f"prompts are the single text {prompts[:80]!r}; give a list of strings")
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("no prompts; give at least one")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"prompt {index} is a {type(prompt).__name__}, {prompt!r:.80}; give strings"
-            )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"prompt {index} has half a surrogate pair at character {error.start}, which is no "
-                "text; it was decoded wrongly"
-            ) from error
-    return prompts
+        lengths = np.array([len(found.ids) for found in rows], np.int32)
+        return Tokenized(ids, lengths, np.array([bool(found.overflowing) for found in rows]))
 
 
 def _prepend(library: Any, path: pathlib.Path, bos_id: int) -> Any:

@@ -168,7 +168,7 @@ class TransformersEncoder:
         """Turn b prompts into int32 ids [b max_length] and lengths [b].
 
         The tokenizer begins and ends them as its file says. Prompts of more tokens are cut before
-        that end, and a warning says how many.
+        that end, and the result tells which.
 
         Raises:
             ValueError: a single string, no prompts, or one that is no string or not valid Unicode.

@@ -12,6 +12,7 @@ from maskgil_jax.data.buckets import (
     nearest_bucket,
     split_by_bucket,
 )
+from maskgil_jax.data.errors import ImageReadError
 
 
 @pytest.mark.parametrize(("size", "count"), [(256, 25), (512, 49)])
@@ -92,6 +93,26 @@ def test_every_image_is_in_one_bucket():
     assert line.startswith("6 images in 3 buckets, 32x128 to 128x32 pixels; 1 hold fewer than")
     assert line.endswith("a batch of 2 and repeat them in it: 128x32 (1)")
     assert describe_buckets(parts, 1) == "6 images in 3 buckets, 32x128 to 128x32 pixels"
+
+
+def test_images_without_a_readable_header_go_into_the_fullest_bucket_if_kept():
+    class Broken(ArraySource):
+        def image_size(self, index):
+            if index in broken:
+                raise ImageReadError(f"{index} is broken")
+            return (64, 64) if index else (32, 128)
+
+    source, broken = Broken({"number": np.arange(5)}, name="broken"), {1, 4}
+    with pytest.raises(ImageReadError, match="1 is broken"):
+        split_by_bucket(source, [(64, 64), (32, 128)])
+    parts = split_by_bucket(source, [(64, 64), (32, 128)], keep_unreadable=True)
+    assert {size: part.indices.tolist() for size, part in parts.items()} == {
+        (32, 128): [0],
+        (64, 64): [1, 2, 3, 4],
+    }
+    broken |= set(range(5))
+    with pytest.raises(ImageReadError, match="all 5 images of broken"):
+        split_by_bucket(source, [(64, 64)], keep_unreadable=True)
 
 
 def test_what_cannot_be_split_is_refused():

@@ -76,3 +76,17 @@ def test_scales_follow_each_other_and_round_down():
 def test_bad_crops_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Crops(**{"kind": "center", "size": 16} | fields)
+
+
+def test_views_of_any_shape_are_the_middle_and_its_mirror_image():
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    views = Crops(kind="center_flip", size=(8, 24))(image)
+    assert views.shape == (2, 8, 24, 3)
+    np.testing.assert_array_equal(views[0], center_crop(image, (8, 24)))
+    np.testing.assert_array_equal(views[1], views[0][:, ::-1])
+    square = Crops(kind="ten_crop", size=(16, 16), scales=(1.25,))(image)
+    np.testing.assert_array_equal(square, Crops(kind="ten_crop", size=16, scales=(1.25,))(image))
+    with pytest.raises(ValueError, match=r"'ten_crop' are squares, not \(8, 24\)"):
+        Crops(kind="ten_crop", size=(8, 24), scales=(1.25,))
+    with pytest.raises(ValueError, match=r"size = \(8, 0\)"):
+        Crops(kind="center", size=(8, 0))

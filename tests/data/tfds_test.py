@@ -9,7 +9,7 @@ from fake_tfds import write_dataset
 from PIL import Image
 
 from maskgil_jax.data.errors import DatasetError, ImageReadError
-from maskgil_jax.data.tfds import TFDSSource
+from maskgil_jax.data.tfds import TFDSCaptionSource, TFDSSource
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -158,3 +158,70 @@ def test_unlabelled_records_are_refused(tmp_path):
         DatasetError, match=r"record 0 of shapes/train has label -1; allowed 0\.\.2"
     ):
         open_shapes(tmp_path)[0]
+
+
+def prepare_captions(data_dir, captions=lambda i: [f"text {i}.{k}" for k in range(i % 2 + 1)]):
+    """Like coco_captions: a sequence of texts per image, and a feature with a slash in its name."""
+    folder = data_dir / "talk" / "1.0.0"
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "image/title": tfds.features.Text(),
+            "captions": tfds.features.Sequence(
+                {"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
+            ),
+        }
+    )
+    identity = DatasetIdentity("talk", tfds.core.Version("1.0.0"), str(folder), __name__)
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description="", homepage="")
+    info.set_file_format("array_record")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name="talk", split="train", filetype_suffix="array_record"
+    )
+    writer = ArrayRecordWriter(
+        str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1"
+    )
+    for i in range(4):
+        record = {
+            "image": io.BytesIO(encode(i)),
+            "image/title": f"title {i}",
+            "captions": [{"id": 0, "text": text} for text in captions(i)],
+        }
+        writer.write(features.serialize_example(features.encode_example(record)))
+    writer.close()
+    split = tfds.core.SplitInfo(
+        name="train", shard_lengths=[4], num_bytes=1, filename_template=template
+    )
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(folder)
+
+
+def test_captions_are_read_from_nested_features(tmp_path):
+    prepare_captions(tmp_path)
+    source = TFDSCaptionSource("talk", "train", tmp_path)
+    assert len(source) == 4
+    assert source[0]["caption"] == "text 0.0"
+    assert source[3]["caption"].tolist() == ["text 3.0", "text 3.1"]
+    assert source[3]["image"].shape == (11, 9, 3)
+    assert [source.image_size(i) for i in range(4)] == [(8 + i, 9) for i in range(4)]
+    titles = TFDSCaptionSource("talk", "train[2:]", tmp_path, caption_key="image/title")
+    assert [titles[i]["caption"] for i in range(2)] == ["title 2", "title 3"]
+    assert titles.name != source.name
+
+
+@pytest.mark.parametrize("key", ["nosuch", "captions", "captions/id", "captions/text/x", "image"])
+def test_a_feature_that_is_no_text_is_refused(tmp_path, key):
+    prepare_captions(tmp_path)
+    with pytest.raises(DatasetError, match=rf"{key!r} is not there as Text.*'captions': 'Seq"):
+        TFDSCaptionSource("talk", "train", tmp_path, caption_key=key)
+
+
+def test_records_without_a_caption_are_named(tmp_path):
+    texts = [["good"], [], ["good", " "], [b"\xff"]]
+    prepare_captions(tmp_path, lambda i: texts[i])
+    source = TFDSCaptionSource("talk", "train", tmp_path)
+    assert source[0]["caption"] == "good"
+    for index, match in [(1, "has no caption"), (2, "has an empty caption"), (3, "is not UTF-8")]:
+        with pytest.raises(DatasetError, match=rf"\b{index} of talk/train captions/text .*{match}"):
+            source[index]

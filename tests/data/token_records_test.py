@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from maskgil_jax import checkpoints
@@ -49,7 +50,7 @@ def make_record(index, dataset=DATASET):
         tokens=rng.integers(dataset.tokenizer.codebook_size, size=shape),
         index=index,
         label=None if dataset.num_classes is None else index % dataset.num_classes,
-        caption=f"Bild {index}: schön" if dataset.has_captions else None,
+        captions=(f"Bild {index}: schön",) if dataset.has_captions else (),
     )
 
 
@@ -93,8 +94,43 @@ def test_captions_are_kept_and_labels_may_be_missing(tmp_path):
     source = TokenRecordSource(tmp_path)
     assert source.num_classes is None
     assert source[4].keys() == {"tokens"}
-    assert source.read(4).caption == "Bild 4: schön"
+    assert source.read(4).captions == ("Bild 4: schön",)
     assert source.read(4).label is None
+    texts = TokenRecordSource(tmp_path, captions=True)
+    assert texts[4].keys() == {"tokens", "caption"}
+    assert texts[4]["caption"] == "Bild 4: schön"
+    assert texts.name == source.name
+
+
+def test_several_captions_of_an_image_are_kept(tmp_path):
+    def change(record):
+        return dataclasses.replace(
+            record, captions=("ä" * record.index, "", "drei")[record.index :]
+        )
+
+    dataset = dataclasses.replace(DATASET, has_captions=True, source_records=3)
+    write_folder(tmp_path, dataset, change=change)
+    source = TokenRecordSource(tmp_path, captions=True)
+    assert source[0]["caption"].tolist() == ["", "", "drei"]
+    assert source[1]["caption"].tolist() == ["", "drei"]
+    assert source[2]["caption"] == "drei"
+    assert source[2].keys() == {"tokens", "caption"}  # not the label
+
+
+def test_captions_that_do_not_fill_their_bytes_are_damage():
+    lay = Layout(codebook_size=4, grid=(1, 2), crops=1, num_classes=None, has_captions=True)
+    record = TokenRecord(tokens=np.array([[[0, 3]]]), index=7, captions=("one", "two"))
+    arrays = safetensors.numpy.load(lay.encode(record))
+    for lengths in [[3, 2], [3, 4], [7, -1], []]:
+        data = safetensors.numpy.save(arrays | {"caption_lengths": np.asarray(lengths, np.int32)})
+        with pytest.raises(DatasetError, match="caption_lengths end at"):
+            lay.decode(data)
+
+
+def test_captions_that_are_not_there_are_refused(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(DatasetError, match="have no captions; extract them again with --captions"):
+        TokenRecordSource(tmp_path, captions=True)
 
 
 @pytest.mark.parametrize(
@@ -400,19 +436,19 @@ def test_an_unfinished_extraction_is_refused(tmp_path):
 
 def test_the_writer_refuses_what_the_reader_would(tmp_path):
     lay = Layout(codebook_size=4, grid=(1, 2), crops=1, num_classes=2, has_captions=True)
-    good = TokenRecord(tokens=np.array([[[0, 3]]]), index=7, label=1, caption="a")
+    good = TokenRecord(tokens=np.array([[[0, 3]]]), index=7, label=1, captions=("a",))
     assert dataclasses.asdict(lay.decode(lay.encode(good))) | {"tokens": None} == {
         "tokens": None,
         "index": 7,
         "label": 1,
-        "caption": "a",
+        "captions": ("a",),
     }
     for fields, message in [
         ({"tokens": np.array([[[0, 4]]])}, r"code 4 is outside the codebook; allowed 0\.\.3"),
         ({"tokens": np.array([[[-1, 0]]])}, "code -1 is outside"),
         ({"tokens": np.array([[[0]]])}, r"shape \(1, 1, 1\)"),
         ({"label": 2}, r"label 2; allowed 0\.\.1"),
-        ({"caption": None}, "caption None where has_captions True"),
+        ({"captions": ()}, r"captions \(\) where has_captions True"),
     ]:
         records = [good, dataclasses.replace(good, **fields)]
         with pytest.raises(DatasetError, match=message):

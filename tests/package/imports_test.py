@@ -28,15 +28,14 @@ ROOMS = {
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints", "hub"},
     "build": {"config", "masking", "sharding", "models", "tokenizers", "text", "decoding", "data"}
     | {"training"},
-    "report": {"generation", "build", "data", "evals", "tokenizers", "pictures"},
+    "report": {"generation", "build", "data", "evals", "text", "tokenizers", "pictures"},
     "monitor": {"evaluation", "generator", "loading", "build.models", "models", "tokenizers"}
     | {"workdir", "masking", "checkpoints", "config"},
     "loading": {"build.models", "models", "tokenizers", "text", "evals", "convert", "checkpoints"}
     | {"hub", "workdir", "config"},
-    "generation": {"build.models", "models", "tokenizers", "decoding", "sharding"}
-    | {"pictures"},
-    "generator": {"build.models", "models", "tokenizers", "text", "decoding", "masking"}
-    | {"generation", "loading", "editing", "sharding", "pictures"},
+    "generation": {"build.models", "models", "tokenizers", "decoding", "sharding"} | {"pictures"},
+    "generator": {"build.models", "build.sizes", "models", "tokenizers", "text", "decoding"}
+    | {"masking", "generation", "loading", "editing", "sharding", "pictures"},
     "evaluation": {"generator", "generation", "loading", "bulk", "workdir", "checkpoints"}
     | {"build.models", "tokenizers", "decoding", "data", "evals", "masking", "sharding"},
 }

@@ -48,9 +48,9 @@ def test_gemma_from_prompts_to_features(gemma, config):
     assert encoder.jittable
     tokens = encoder.tokenize(PROMPTS)
     assert isinstance(tokens, Tokenized)
-    features = encoder.encode(*tokens)
+    features = encoder.encode(*tokens[:2])
     assert (features.shape, features.dtype) == ((3, 30, 24), jnp.float32)
-    expected = config.make_module().apply({"params": tiny_text.make_params(config)}, *tokens)
+    expected = config.make_module().apply({"params": tiny_text.make_params(config)}, *tokens[:2])
     np.testing.assert_allclose(np.asarray(features), np.asarray(expected), atol=1e-5)
     valid = np.arange(30) < tokens.lengths[:, None]
     assert not np.asarray(features)[~valid].any()
@@ -60,7 +60,7 @@ def test_gemma_from_prompts_to_features(gemma, config):
     def program(params, ids, lengths):
         return encoder.apply(params, ids, lengths) * 2, encoder.encode(ids, lengths)
 
-    doubled, same = program(encoder.params, *tokens)
+    doubled, same = program(encoder.params, *tokens[:2])
     np.testing.assert_allclose(np.asarray(doubled), 2 * np.asarray(features), atol=1e-5)
     np.testing.assert_allclose(np.asarray(same), np.asarray(features), atol=1e-5)
 
@@ -71,11 +71,11 @@ def test_a_hidden_layer_and_a_type_are_chosen(gemma, config):
     assert {leaf.dtype for leaf in jax.tree.leaves(encoder.params)} == {jnp.dtype("bfloat16")}
     assert len(encoder.params["layers"]["mlp"]["down"]["kernel"]) == 2
     assert "final_norm" not in encoder.params
-    features = encoder.encode(*tokens)
+    features = encoder.encode(*tokens[:2])
     assert features.dtype == jnp.bfloat16
     module = config.make_module(hidden_layer=2)
     kept = take_layers(tiny_text.make_params(config), config, 2)
-    expected = np.asarray(module.apply({"params": kept}, *tokens))
+    expected = np.asarray(module.apply({"params": kept}, *tokens[:2]))
     error = np.abs(np.asarray(features, np.float32) - expected).max()
     assert error < 0.05 * np.abs(expected).max()
 
@@ -190,10 +190,10 @@ def test_t5_from_prompts_to_features(t5):
     assert not encoder.jittable
     tokens = encoder.tokenize(PROMPTS)
     assert tokens.ids[2].tolist() == [1] + [0] * 29, "what T5 puts at the end of every prompt"
-    features = encoder.encode(*tokens)
+    features = encoder.encode(*tokens[:2])
     assert (type(features), features.shape, features.dtype) == (np.ndarray, (3, 30, 16), np.float32)
     model = transformers.T5EncoderModel.from_pretrained(t5).eval()
-    for row, ids, length in zip(features, *tokens, strict=True):
+    for row, ids, length in zip(features, *tokens[:2], strict=True):
         assert not row[length:].any()
         one = torch.from_numpy(ids[None, :length].astype(np.int64))
         with torch.no_grad():
@@ -216,7 +216,7 @@ def test_t5_takes_settings_and_refuses_others(t5, tmp_path):
     tokens = encoder.tokenize(["a dog"])
     table = encoder.model.get_input_embeddings().weight.numpy()
     valid = np.arange(10) < tokens.lengths[:, None]
-    np.testing.assert_allclose(encoder.encode(*tokens)[valid], table[tokens.ids[valid]])
+    np.testing.assert_allclose(encoder.encode(*tokens[:2])[valid], table[tokens.ids[valid]])
     prints = {
         load_text_encoder(t5, **options).fingerprint
         for options in ({}, {"max_length": 6}, {"hidden_layer": 1}, {"dtype": "bfloat16"})
@@ -224,11 +224,10 @@ def test_t5_takes_settings_and_refuses_others(t5, tmp_path):
     assert len(prints) == 4
     assert load_text_encoder(t5).fingerprint in prints
     with pytest.raises(ValueError, match="computes in torch and cannot be part of a JAX program"):
-        jax.jit(encoder.encode)(*tokens)
+        jax.jit(encoder.encode)(*tokens[:2])
     with pytest.raises(ValueError, match=r"id \d{3} is out of range; allowed: 0 to 127"):
         encoder.encode(tokens.ids + 128, tokens.lengths)
-    with pytest.warns(UserWarning, match="1 of 1 prompts"):
-        encoder.tokenize(PROMPTS[:1])
+    assert encoder.tokenize(PROMPTS[:1]).cut.tolist() == [True]
     for options, message in (
         ({"hidden_layer": 3}, "hidden_layer 3 is out of range; allowed: 0 to 2, or -1"),
         ({"dtype": "float16"}, "allowed: float32, bfloat16"),
@@ -284,8 +283,8 @@ def test_clip_text_is_read_too(tmp_path):
     encoder = load_text_encoder(tmp_path, max_length=12)
     tokens = encoder.tokenize(["a dog", "a red"])
     assert (tokens.ids[0, tokens.lengths[0] :] == 1).all()
-    features = encoder.encode(*tokens)
-    for row, ids, length in zip(features, *tokens, strict=True):
+    features = encoder.encode(*tokens[:2])
+    for row, ids, length in zip(features, *tokens[:2], strict=True):
         with torch.no_grad():
             one = torch.from_numpy(ids[None, :length].astype(np.int64))
             expected = model(input_ids=one).last_hidden_state[0].numpy()

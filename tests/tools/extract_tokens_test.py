@@ -20,10 +20,12 @@ from PIL import Image
 
 import maskgil_jax
 from maskgil_jax.data.arrays import ArraySource
+from maskgil_jax.data.captions import read_json_lines
 from maskgil_jax.data.crops import Crops
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.folder import ImageFolderSource
+from maskgil_jax.data.token_buckets import open_token_buckets
 from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
 from maskgil_jax.data.token_records import TokenRecordSource
 from maskgil_jax.data.transforms import to_float
@@ -549,13 +551,121 @@ def test_captions_are_kept_where_there_are_any(inputs, tmp_path, capsys):
     source = ArraySource(arrays, name="texts", num_classes=10)
     make_core(source, has_captions=True)(tmp_path / "texts")
     records = TokenRecordSource(tmp_path / "texts")
-    assert [records.read(i).caption for i in range(9)] == texts.tolist()
+    assert [records.read(i).captions for i in range(9)] == [(text,) for text in texts]
     arguments = [*flags(inputs, tmp_path / "none"), "--captions"]
     import extract_tokens
 
     assert extract_tokens.main(arguments) == 1
     message = r"--captions is given, but records of images/train have only \['image', 'label'\]"
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Pictures of three shapes, number i of red level 20 i, with one text or two."""
+    folder, lines = tmp_path / "pictures", []
+    folder.mkdir()
+    for i in range(9):
+        size = [(16, 16), (40, 20), (20, 40)][i % 3 if i < 6 else 0]
+        Image.fromarray(np.full((size[1], size[0], 3), 20 * i, np.uint8)).save(folder / f"{i}.png")
+        texts = f"text {i}" if i else ["text 0", "another 0"]
+        lines.append(json.dumps({"file_name": f"{i}.png", "caption": texts}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+BUCKETED = {"data": "captions", "format": "jsonl", "crops": "center", "num_shards": 3}
+BUCKETED |= {"buckets": "area", "bucket_multiple": 4, "bucket_max_ratio": 2.0}
+
+
+def run_bucketed(inputs, captioned, out, **changes):
+    import extract_tokens
+
+    arguments = flags(inputs, out, **{"path": captioned, **BUCKETED} | changes)
+    return extract_tokens.main([*arguments, "--captions"])
+
+
+def test_captions_and_tokens_of_every_bucket_are_kept(inputs, captioned, tmp_path, capsys):
+    out = tmp_path / "tokens"
+    assert run_bucketed(inputs, captioned, out) == 0
+    output = capsys.readouterr().out.splitlines()
+    counts = {"12x20": 2, "16x16": 5, "20x12": 2}
+    assert json.loads(output[-1]).items() >= {"images": 9, "skipped": 0, "buckets": counts}.items()
+    assert output[0] == "9 images in 3 buckets, 12x20 to 20x12 pixels"
+    assert sorted(path.name for path in out.iterdir()) == [*counts, "buckets.json"]
+    tokenizer = maskgil_jax.load_tokenizer(inputs / "tokenizer")
+    images, seen = read_json_lines(captioned), set()
+    for size, source in open_token_buckets(out, captions=True).items():
+        crop = Crops(kind="center", size=size)
+        for row in range(len(source)):
+            captions = source.read(row).captions
+            number = int(captions[0].split()[-1])
+            assert captions == images.captions(number)
+            expected = tokenizer.encode(to_float(crop(images[number]["image"])))
+            np.testing.assert_array_equal(source[row]["tokens"], expected)
+            seen.add(number)
+    assert seen == set(range(9))
+
+    # Again: a damaged bucket is made again, the same; other settings or pictures are refused.
+    before = contents(out)
+    (out / "12x20/tokens-00000-of-00002.array_record").write_bytes(b"")
+    assert run_bucketed(inputs, captioned, out) == 0
+    assert contents(out) == before
+    capsys.readouterr()
+    assert run_bucketed(inputs, captioned, out, bucket_max_ratio=1.0) == 1
+    assert "holds 12x20, 20x12, which these buckets do not have" in capsys.readouterr().err
+    Image.new("RGB", (40, 20)).save(captioned / "0.png")
+    assert run_bucketed(inputs, captioned, out) == 1
+    assert "extracted with other settings" in capsys.readouterr().err
+    assert {
+        name: data for name, data in contents(out).items() if ".extraction" not in name
+    } == before
+
+
+def test_unreadable_pictures_of_buckets_are_counted_in_all(inputs, captioned, tmp_path, capsys):
+    (captioned / "3.png").write_bytes(b"no picture")  # of no known size
+    whole = (captioned / "4.png").read_bytes()
+    (captioned / "4.png").write_bytes(whole[: len(whole) // 2])
+    assert run_bucketed(inputs, captioned, tmp_path / "tokens", max_bad_images=1) == 1
+    assert "2 unreadable images, 1 allowed" in capsys.readouterr().err
+    assert run_bucketed(inputs, captioned, tmp_path / "tokens", max_bad_images=2) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out.splitlines()[-1])
+    assert report.items() >= {"images": 7, "skipped": 2}.items()
+    assert "left out 1 unreadable: 3.png: its content is no known" in output.err
+
+
+def test_places_share_a_bucket_of_fewer_pictures_than_places(tmp_path):
+    pictures, labels = digits_arrays("test")
+    arrays = {"image": pictures[:2], "label": labels[:2]}
+    source = ArraySource(arrays, name="two", num_classes=10)
+    make_core(source, num_shards=2)(tmp_path / "one")
+    extract = make_core(source, num_shards=2)
+    assert run_places(extract, tmp_path / "many", 3) == [None] * 3
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crops": "center_flip"}, "center_flip has mirror images, of which captions say left"),
+        ({"format": None}, "data.format '' is unknown; allowed: folder, jsonl"),
+        ({"caption_key": "text"}, "data.caption_key 'text' must be 'captions/text'"),
+        ({"buckets": "none"}, "data.bucket_multiple 4 must be 32"),
+        ({"bucket_multiple": 3}, "size 16 and multiple 3"),
+        ({"bucket_multiple": 2}, "not a multiple of the tokenizer's downsample factor 4"),
+        ({"data": "folder", "split": "x"}, "'folder' has no captions: data.format 'jsonl'"),
+    ],
+)
+def test_bad_flags_of_captions_are_refused(inputs, captioned, tmp_path, capsys, changes, message):
+    assert run_bucketed(inputs, captioned, tmp_path / "tokens", **changes) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_captions_are_not_lost_unasked(inputs, captioned, tmp_path, capsys):
+    assert run_tool(inputs, tmp_path / "tokens", **{"path": captioned, **BUCKETED}) == 1
+    assert "--data captions without --captions would lose the texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

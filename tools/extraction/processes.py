@@ -29,6 +29,7 @@ def extract(
     *,
     place: Place | None = None,
     max_bad_images: int = 0,
+    skipped_before: int = 0,
     num_threads: int = 8,
     synchronise: Callable[[], None] = lambda: None,
 ) -> TokenDataset:
@@ -42,6 +43,7 @@ def extract(
         out: folder.
         place: which process this is; the only one if `None`.
         max_bad_images: how many unreadable images are left out, in all; one more is an error.
+        skipped_before: how many of them were left out of other parts of the data set.
         num_threads: threads that read images.
         synchronise: waits until every process has come there.
 
@@ -53,7 +55,8 @@ def extract(
             than allowed.
     """
     place = place or Place()
-    if place.count > wanted.num_shards:
+    # Of fewer images than processes, one shard each is all there can be; the others wait.
+    if place.count > wanted.num_shards and wanted.num_shards < wanted.source_records:
         raise ValueError(
             f"num_shards {wanted.num_shards} are too few for {place.count} processes; give at "
             "least one for each"
@@ -75,12 +78,13 @@ def extract(
                 out=out,
                 place=place,
                 max_bad_images=max_bad_images,
+                skipped_before=skipped_before,
                 num_threads=num_threads,
             )
             maker.make_shards()
         if place.index > 0:
             return _wait_for_first(out)
-        finished = finished or _finish(out, wanted, place, max_bad_images)
+        finished = finished or _finish(out, wanted, place, max_bad_images, skipped_before)
         for other in range(1, place.count):
             while not work.is_free(work.process_lock(out, other)):
                 time.sleep(_POLL_SECONDS)
@@ -92,7 +96,11 @@ def extract(
 
 
 def _finish(
-    out: pathlib.Path, wanted: TokenDataset, place: Place, max_bad_images: int
+    out: pathlib.Path,
+    wanted: TokenDataset,
+    place: Place,
+    max_bad_images: int,
+    skipped_before: int,
 ) -> TokenDataset:
     """Wait for the shards of the other processes and write `dataset.json`."""
     notes = []
@@ -112,7 +120,7 @@ def _finish(
             time.sleep(_POLL_SECONDS)
         notes.append(note)
     skipped = [why for note in notes for _, why in note.skipped]
-    check_skipped(len(skipped), max_bad_images, skipped[-1] if skipped else "")
+    check_skipped(skipped_before + len(skipped), max_bad_images, skipped[-1] if skipped else "")
     path = work.read_settings(out).tokenizer
     finished = dataclasses.replace(wanted, tokenizer=path, shards=tuple(notes))
     if not finished.count:

@@ -64,12 +64,13 @@ class ShardMaker:
         out: pathlib.Path,
         place: Place,
         max_bad_images: int,
+        skipped_before: int,
         num_threads: int,
     ):
         self._wanted, self._source, self._crops, self._encode = wanted, source, crops, encode
         self._out, self._place, self._num_threads = out, place, num_threads
         self._max_bad_images = max_bad_images
-        self._skipped = 0
+        self._skipped = skipped_before
         self._progress = _Progress(place, sum(map(len, map(wanted.shard_range, self._shards))))
 
     @property
@@ -148,18 +149,20 @@ class ShardMaker:
     def _read(self, index: int) -> tuple[np.ndarray, TokenRecord]:
         """Return the crops of an image, and its record without tokens."""
         record = self._source[index]
-        caption = record["caption"] if self._wanted.has_captions else None
+        texts = np.atleast_1d(record["caption"]) if self._wanted.has_captions else ()
         label = record["label"] if self._wanted.num_classes is not None else None
         return to_float(self._crops(record["image"])), TokenRecord(
             tokens=np.zeros((0, 0, 0), np.int32),
             index=index,
             label=None if label is None else int(label),
-            caption=None if caption is None else str(caption),
+            captions=tuple(map(str, texts)),
         )
 
     def _describe(self, index: int) -> str:
         if isinstance(self._source, ImageFolderSource):
             return "/".join(self._source.path(index).parts[-2:])
+        if hasattr(self._source, "describe"):
+            return self._source.describe(index)
         return f"{index} of {self._source.name}"
 
     def _count_skipped(self, count: int, why: str = "in the shards that are there") -> None:

@@ -1,0 +1,195 @@
+"""From a validated configuration to captions: their datasets, sizes, ids and features."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from maskgil_jax import sharding
+from maskgil_jax.build.sizes import bucket_sizes
+from maskgil_jax.data import transforms
+from maskgil_jax.data.buckets import Size, format_size
+from maskgil_jax.data.captions import read_caption_folder, read_json_lines
+from maskgil_jax.data.pipeline import Source
+from maskgil_jax.data.webdataset import read_webdataset
+from maskgil_jax.masking import check_choice
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
+from maskgil_jax.text.base import TextEncoder
+from maskgil_jax.text.prompts import encode_bytes
+
+FORMATS = ("folder", "jsonl", "webdataset", "tfds")
+DATASETS = ("captions", "canvases", "tokens")  # that have captions, tokens if extracted so
+_LOOKED_AT = 200  # captions of each bucket that are looked at before a run
+# Fields of captions, as they must be where there are none.
+_UNUSED: dict[str, Any] = {
+    "format": "",
+    "caption_key": "captions/text",
+    "allow_incomplete": False,
+    "buckets": "none",
+    "bucket_multiple": 32,
+    "bucket_max_ratio": 4.0,
+    "bucket_sizes": (),
+}
+
+
+def is_captioned(config: ConfigDict) -> bool:
+    """Return whether a run learns from captions."""
+    return config.kind == "maskgil" and config.model.family == MaskGILTextConfig.family
+
+
+def open_dataset(data: ConfigDict) -> Source:
+    """Open the dataset of images with captions that `data.format` names.
+
+    Raises:
+        ValueError: if it is missing, empty, unreadable or incomplete.
+    """
+    check_choice("data.format", data.format, FORMATS)
+    if data.format == "tfds":
+        # array_record, which reads it, has no wheels outside Linux.
+        from maskgil_jax.data.tfds import TFDSCaptionSource
+
+        return TFDSCaptionSource(
+            data.tfds_name,
+            data.split,
+            data.path,
+            caption_key=data.caption_key,
+            max_bad_images=data.max_bad_images,
+        )
+    readers = {
+        "folder": read_caption_folder,
+        "jsonl": read_json_lines,
+        "webdataset": read_webdataset,
+    }
+    return readers[data.format](
+        data.path, allow_incomplete=data.allow_incomplete, max_bad_images=data.max_bad_images
+    )
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Refuse captions where nothing learns from them, and fields that would be ignored."""
+    data = config.data
+    if not is_captioned(config):
+        if data.name == "captions":
+            wrong = config.kind == "tokenizer"
+            what = "a tokenizer" if wrong else f"family {config.model.family!r}"
+            raise ValueError(
+                f"data.name 'captions' is for models of texts ({MaskGILTextConfig.family}); {what} "
+                "would not learn from the captions"
+            )
+        _refuse(config, _UNUSED, f"data.name {data.name!r} has no captions")
+        if config.text.encoder:
+            raise ValueError(
+                f"text.encoder {config.text.encoder} is for model.family "
+                f"{MaskGILTextConfig.family!r}, not {config.model.family!r}"
+            )
+        return
+    if data.name not in DATASETS:
+        raise ValueError(
+            f"data.name {data.name!r} has no captions; allowed with model.family "
+            f"{MaskGILTextConfig.family!r}: {', '.join(DATASETS)}"
+        )
+    _check_fields(config)
+    if (config.model.text == "features") != bool(config.text.encoder):
+        raise ValueError(
+            f"model.text {config.model.text!r} and text.encoder {config.text.encoder!r}: features "
+            "need the directory of their encoder, and bytes have none"
+        )
+    if config.evaluation.every_steps:
+        raise ValueError(
+            f"evaluation.every_steps {config.evaluation.every_steps}: samples of captions are not "
+            "evaluated while a model trains; use 0"
+        )
+    bucket_sizes(config)
+
+
+def _check_fields(config: ConfigDict) -> None:
+    """Refuse fields that the dataset does not use, or that would make its captions wrong."""
+    data = config.data
+    if data.name == "canvases":
+        neutral = {name: _UNUSED[name] for name in ("format", "caption_key", "allow_incomplete")}
+        _refuse(config, neutral, "canvases are drawn")
+        if data.buckets == "area":
+            raise ValueError("data.buckets 'area' is for pictures; canvases have 'listed' ones")
+        neutral = {"crop": "center", "flip": False, "shift_px": 0.0, "rotation_deg": 0.0}
+        _refuse(
+            config,
+            neutral | {"scale_range": (1.0, 1.0)},
+            "the captions of canvases would become wrong",
+        )
+    elif data.name == "tokens":
+        neutral = {name: _UNUSED[name] for name in ("format", "caption_key", "allow_incomplete")}
+        _refuse(config, neutral, "stored tokens are read as they are")
+    else:
+        check_choice("data.format", data.format, FORMATS)
+        if data.format != "tfds" and data.split != "train":
+            raise ValueError(
+                f"data.split {data.split!r} is not for data.format {data.format!r}, which has no "
+                "splits: name the split's folder in data.path"
+            )
+        unused = "allow_incomplete" if data.format == "tfds" else "caption_key"
+        neutral = {unused: _UNUSED[unused]}
+        _refuse(config, neutral, f"data.format {data.format!r} does not use it")
+    ignored = [] if data.buckets == "area" else ["bucket_multiple", "bucket_max_ratio"]
+    ignored += [] if data.buckets == "listed" else ["bucket_sizes"]
+    neutral = {name: _UNUSED[name] for name in ignored}
+    _refuse(config, neutral, f"data.buckets {data.buckets!r} does not use it")
+
+
+def _refuse(config: ConfigDict, neutral: Mapping[str, Any], why: str) -> None:
+    wrong = [
+        f"data.{name} {config.data[name]!r} must be {value!r}"
+        for name, value in neutral.items()
+        if config.data[name] != value
+    ]
+    if wrong:
+        raise ValueError(f"{why}: {'; '.join(wrong)}")
+
+
+def make_transform(config: ConfigDict, encoder: TextEncoder | None) -> transforms.Chain:
+    """Return what turns the captions of records into bytes, or into ids of a text encoder.
+
+    Where an image has several, one is drawn. What is too long is cut; `describe_cut` tells of it.
+    """
+    tokenize: Any = functools.partial(encode_bytes, max_length=config.model.text_length)
+    if encoder is not None:
+        tokenize = encoder.tokenize
+    read = transforms.ReadCaption(tokenize=tokenize)
+    return transforms.Chain(transforms=(transforms.PickCaption(), read))
+
+
+def describe_cut(
+    config: ConfigDict, sources: Mapping[Size, Any], encoder: TextEncoder | None
+) -> list[str]:
+    """Say of every bucket in which captions are cut how many of the first ones are."""
+    read, rng = make_transform(config, encoder), np.random.default_rng(0)
+    tokenize, pick = read.transforms[1].tokenize, read.transforms[0]  # type: ignore[attr-defined]
+    lines = []
+    for size, source in sources.items():
+        records = (source[index] for index in range(min(len(source), _LOOKED_AT)))
+        captions = [pick(record, rng)["caption"] for record in records]
+        if cut := int(np.sum(tokenize(captions).cut)):
+            lines.append(
+                f"{cut} of the first {len(captions)} captions of {format_size(size)} are longer "
+                f"than model.text_length {config.model.text_length} and are cut"
+            )
+    return lines
+
+
+def make_encoder(encoder: TextEncoder, mesh: Mesh) -> Callable[[Any], Any]:
+    """Return the map of batches that puts features in place of the ids of captions.
+
+    An encoder in JAX computes on the mesh, another one on the host.
+    """
+    split = sharding.batch_sharding(mesh)
+
+    def encode(batch):
+        ids, lengths = batch["caption"], batch["caption_length"]
+        if not encoder.jittable:
+            ids, lengths = np.asarray(ids), np.asarray(lengths)
+        return batch | {"caption": jax.device_put(encoder.encode(ids, lengths), split)}
+
+    return encode
