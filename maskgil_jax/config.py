@@ -69,6 +69,8 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.kind = "maskgil"  # what is trained: maskgil | tokenizer
     config.preset = "recommended"  # which preset the config started from (for the record)
+    # Run or model directory, here or hf://…, whose parameters it begins with; "": random ones.
+    config.init_from = ""
     config.seed = 0  # seed of parameters, data order, masks and dropout
 
     # See MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig.

@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tensorboardX
 from absl import app, flags
 from clu import parameter_overview
+from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -73,6 +75,7 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     sources = build_data.make_sources(config)
     tokenizer = _open_tokenizer(config, sources)
     encoder = _open_text_encoder(config)
+    begin = _open_begin(config)
     perceptual = _open_perceptual(config)
     watch = monitor.open_monitor(config, mesh, tokenizer)
     claim = claim_workdir(workdir, config)
@@ -83,7 +86,7 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
             else build_tokenizers.make_tokenizer_task(config, mesh, perceptual)
         )
         batches = _open_batches(config, sources, tokenizer, encoder, mesh)
-        state, best = _run(config, workdir, mesh, task, batches, tokenizer, encoder, watch)
+        state, best = _run(config, workdir, mesh, task, batches, tokenizer, encoder, watch, begin)
         measured = report.measure(config, mesh, tokenizer, state, encoder) | best
     measured["seconds"] = round(time.monotonic() - started, 1)
     say(json.dumps(measured))
@@ -99,6 +102,7 @@ def _run(
     tokenizer: Tokenizer | None,
     encoder: TextEncoder | None,
     watch: monitor.Monitor | None,
+    begin: loading.Model | None,
 ) -> tuple[Any, dict[str, Any]]:
     """Restore or initialise the state, update it to the end, and draw the last samples.
 
@@ -112,7 +116,7 @@ def _run(
         store = checkpoints.Checkpoints(workdir, keep=config.logging.keep_checkpoints)
         stack.enter_context(contextlib.closing(store))
         writer = stack.enter_context(_open_writer(workdir))
-        state, first_step = _restore(store, task, batches)
+        state, first_step = _restore(store, task, batches, begin)
         if first_step > config.training.num_steps:
             raise ValueError(
                 f"{workdir} is at step {first_step}, beyond training.num_steps "
@@ -160,12 +164,18 @@ def _run(
 
 
 def _restore(
-    store: checkpoints.Checkpoints, task: build_tasks.Task, batches: loop.DeviceBatches
+    store: checkpoints.Checkpoints,
+    task: build_tasks.Task,
+    batches: loop.DeviceBatches,
+    begin: loading.Model | None,
 ) -> tuple[Any, int]:
-    """Return the newest verified state and its step, or a fresh state and 0."""
+    """Return the newest verified state and its step, or a fresh state and 0.
+
+    A fresh state has the parameters of `begin`, or random ones.
+    """
     step = store.latest_step()
     if step is None:
-        return task.init(), 0
+        return _begin(task, begin), 0
     trees = store.restore(step, _as_trees(task.abstract), batches)
     say(f"resumed from step {step}")
     progress = trees["progress"]
@@ -177,6 +187,40 @@ def _restore(
         **{name: trees[name] for name in ("discriminator",) if name in trees},
     )
     return state, step
+
+
+def _begin(task: build_tasks.Task, begin: loading.Model | None) -> Any:
+    """Return a fresh state, with the parameters of another model if there is one."""
+    state = task.init()
+    if begin is None:
+        return state
+    params = jax.device_put(begin.params, jax.tree.map(lambda x: x.sharding, state.params))
+    # Copied, as the step gives the memory of both away.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)
+
+
+def _open_begin(config: ConfigDict) -> loading.Model | None:
+    """Return the model whose parameters the run begins with, checked; `None` if there is none."""
+    if not config.init_from:
+        return None
+    begin = loading.load_model(config.init_from)
+    wanted = build_models.model_config(config)
+    key = jax.random.key(0)
+    trees = [jax.eval_shape(build_models.init_model(m), key) for m in (begin.config, wanted)]
+    shapes = [jax.tree.map(lambda x: x.shape, nn.unbox(tree)) for tree in trees]
+    if begin.config.family != wanted.family or shapes[0] != shapes[1]:
+        theirs, ours = begin.config.to_dict(), wanted.to_dict()
+        differing = [
+            f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+            for name in sorted(theirs | ours)
+            if theirs.get(name) != ours.get(name)
+        ]
+        raise ValueError(
+            f"init_from {config.init_from} has parameters of other shapes than the run's model: "
+            f"{'; '.join([f'family {begin.config.family!r}, {wanted.family!r}', *differing])}"
+        )
+    return begin
 
 
 def _as_trees(state: Any) -> dict[str, Any]:
@@ -284,7 +328,8 @@ def _resolve(config: ConfigDict) -> ConfigDict:
     Those on the hub are named with their commit, as a resumed run must read the same.
     """
     config = config.copy_and_resolve_references()
-    fields = ((config.tokenizer, "path"), (config.vq_loss, "lpips_path"), (config.text, "encoder"))
+    fields = [(config.tokenizer, "path"), (config.vq_loss, "lpips_path"), (config.text, "encoder")]
+    fields.append((config, "init_from"))
     for section, field in fields:
         if hub.is_address(section[field]):
             section[field] = str(hub.HubFolder.parse(section[field]).pin())

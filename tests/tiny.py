@@ -94,6 +94,11 @@ def make_generator(tokenizer: pathlib.Path, family: str = "maskgil", devices: in
     from maskgil_jax.build import models as build
 
     config = get_config()
+    if family == "maskgil-text":
+        config = get_config("captions")
+        config.model.grid_size = (4, 4)
+        config.data.update(image_size=(16, 16), buckets="listed")
+        config.data.bucket_sizes = ((16, 16), (16, 24))
     config.model.family = family
     model = build.model_config(config)
     rng = np.random.default_rng(0)

@@ -230,3 +230,28 @@ def test_stored_tokens_are_the_same_batches(config, tokenizer, tmp_path, monkeyp
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_second_stage_begins_with_the_parameters_of_the_first(finished, config, tmp_path, capsys):
+    first = ImageGenerator.from_checkpoint(finished[0])
+    config.init_from = str(finished[0])
+    config.model.grid_size = (24, 24)
+    config.data.image_size = (96, 96)
+    config.data.bucket_sizes = ((96, 96), (64, 128))
+    config.optimizer.learning_rate = 1e-30
+    config.training.num_steps = 2
+    train(config, tmp_path / "second")
+    second = ImageGenerator.from_checkpoint(tmp_path / "second")
+    for a, b in zip(
+        jax.tree.leaves(first.model.params), jax.tree.leaves(second.model.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    # Once it has a checkpoint of its own, the first stage may go.
+    config.init_from = str(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        train(config, tmp_path / "third")
+    config.init_from = str(finished[0])
+    config.model.width = 64
+    with pytest.raises(ValueError, match="other shapes than the run's model: .*width 32 there, 64"):
+        train(config, tmp_path / "third")
+    assert not (tmp_path / "third").exists()

@@ -83,6 +83,10 @@ def validate(config: ConfigDict) -> None:
             )
         if config.data.cache_tokens:
             raise ValueError("data.cache_tokens is for kind 'maskgil': a tokenizer needs images")
+        if config.init_from:
+            raise ValueError(
+                f"init_from {config.init_from} is for kind 'maskgil'; a tokenizer begins at random"
+            )
         tokenizers.check_vq_loss(config, vq)
     else:
         models.model_config(config)

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +18,12 @@ def check_texts(prompts: Sequence[str]) -> list[str]:
         ValueError: if a single string or nothing is given, or a prompt is no text, or cannot be
             written as UTF-8 (as what comes from bytes that were none).
     """
-    if isinstance(prompts, str | bytes):
-        raise ValueError(f"prompts {show(prompts)} is a single text; give a list of them")
+    given: Any = prompts
+    if isinstance(given, str | bytes):
+        raise ValueError(f"prompts {show(given)} is a single text; give a list of them")
     if not len(prompts):
         raise ValueError("there are no prompts; give at least one")
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(given):
         if not isinstance(prompt, str):
             kind = type(prompt).__name__
             raise ValueError(f"prompt {number} is a {kind}, {prompt!r:.80}; give texts")
