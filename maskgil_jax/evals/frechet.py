@@ -11,8 +11,6 @@ equation 2.1 (merging).
 import dataclasses
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float64
 
+from maskgil_jax.evals.archives import name_damage
 from maskgil_jax.evals.features import BLOCK_ROWS, as_features, check_same_width
-
-# What reading a damaged archive raises: a changed bit may ask for a password, for a compression
-# that nobody knows, for a place before the file's beginning, or for more memory than there is.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-    MemoryError,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -285,18 +272,13 @@ def _read_arrays(
     path: str | os.PathLike[str], keys: Iterable[str]
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Return the names of all arrays of an `.npz`, and those of `keys` that are there."""
-    try:
-        # Opened here: where numpy finds damage, it leaves the closing to chance.
-        with open(path, "rb") as file:
-            stored = np.load(file)
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            names = sorted(stored.files)
-            return names, {key: stored[key] for key in keys if key in names}
-    except _DAMAGE as error:
-        raise ValueError(
-            f"{path} cannot be read as an .npz of arrays: {error}; copy or make it anew"
-        ) from error
+    # Opened here: where numpy finds damage, it leaves the closing to chance.
+    with name_damage(f"{path} cannot be read as an .npz of arrays"), open(path, "rb") as file:
+        stored = np.load(file)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        names = sorted(stored.files)
+        return names, {key: stored[key] for key in keys if key in names}
 
 
 def _read_pair(

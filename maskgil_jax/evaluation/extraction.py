@@ -7,13 +7,12 @@ whole or not at all, and its checksums are looked at before it is trusted.
 import os
 import pathlib
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from maskgil_jax.bulk import Progress
+from maskgil_jax.evals.archives import name_damage
 from maskgil_jax.evals.features import BLOCK_ROWS
 from maskgil_jax.evals.frechet import Statistics
 from maskgil_jax.evaluation.image_sets import ImageSet
@@ -197,9 +196,9 @@ def _load(
     """Return a shard; `None` if there is none, or it is damaged, and has to be made again."""
     try:
         # Opened here: where numpy finds damage, it leaves the closing to chance.
-        with open(path, "rb") as file, np.load(file) as stored:
+        with name_damage(str(path)), open(path, "rb") as file, np.load(file) as stored:
             features = {name: stored[name] for name in names}
-    except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
     fits = all(x.shape == (len(part), net.widths[name]) for name, x in features.items())
     return features if fits else None

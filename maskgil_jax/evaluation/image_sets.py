@@ -13,7 +13,6 @@ import pathlib
 import re
 import weakref
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +27,7 @@ from maskgil_jax.data.errors import ImageReadError
 from maskgil_jax.data.folder import EXTENSIONS
 from maskgil_jax.data.images import decode_rgb
 from maskgil_jax.data.transforms import center_crop
+from maskgil_jax.evals.archives import name_damage
 from maskgil_jax.generation import padded_size
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.sharding import batch_shards
@@ -214,14 +214,12 @@ class ArrayImages:
     def read(self, first: int, stop: int) -> UInt8[np.ndarray, "b H W c"]:
         """Read images; backwards, the file is opened anew."""
         size = int(np.prod(self.image_shape))
-        try:
-            if first < self._next:
-                self._open()
+        if first < self._next:
+            self._open()
+        with name_damage(f"{self._path} is damaged"):
             while self._next < first:
                 self._skip(min(first - self._next, 256), size)
             data = self._member.read((stop - first) * size)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{self._path} is damaged: {error}; copy or make it anew") from error
         if len(data) != (stop - first) * size:
             raise ValueError(f"{self._path} is cut short at image {first}; copy or make it anew")
         self._next = stop
@@ -234,7 +232,7 @@ class ArrayImages:
 
     def _open(self) -> tuple[tuple[int, ...], bool, np.dtype]:
         self._files.close()
-        try:
+        with name_damage(f"arr_0 of {self._path} cannot be read"):
             # Stays open: a member can only be read from its beginning.
             archive = self._files.enter_context(zipfile.ZipFile(self._path))
             self._member: Any = self._files.enter_context(archive.open("arr_0.npy"))
@@ -243,8 +241,6 @@ class ArrayImages:
                 version, np.lib.format.read_array_header_2_0
             )
             header = read(self._member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            raise ValueError(f"arr_0 of {self._path} cannot be read: {error}") from error
         self._next = 0
         return header
 
@@ -394,11 +390,9 @@ def list_arrays(path: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no `.npz`.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sorted(n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy"))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} cannot be read as an .npz of arrays: {error}") from error
+    what = f"{path} cannot be read as an .npz of arrays"
+    with name_damage(what), zipfile.ZipFile(path) as archive:
+        return sorted(n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy"))
 
 
 def describe_crop(image_size: int | None) -> str:
@@ -436,11 +430,9 @@ def _check_pixels(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def _read_labels(path: pathlib.Path, name: str, count: int) -> np.ndarray:
-    try:
-        with open(path, "rb") as file, np.load(file) as stored:
-            labels = stored[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{name} of {path} cannot be read: {error}") from error
+    what = f"{name} of {path} cannot be read"
+    with name_damage(what), open(path, "rb") as file, np.load(file) as stored:
+        labels = stored[name]
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{name} of {path}, the classes, has shape {labels.shape} and type {labels.dtype}; "

@@ -86,6 +86,10 @@ def test_damage_of_an_npz_is_seen(tmp_path):
     images = open_images(tmp_path / "x.npz")
     with pytest.raises(ValueError, match="is damaged: Bad CRC-32"):
         images.read(0, 50)
+    data[data.index(b"PK\1\2") + 8] ^= 1
+    (tmp_path / "y.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="arr_0 of .* cannot be read: .*password required"):
+        open_images(tmp_path / "y.npz")
     (tmp_path / "y.npz").write_bytes(data[:3000])
     with pytest.raises(ValueError, match="cannot be read as an .npz"):
         open_images(tmp_path / "y.npz")

@@ -103,7 +103,11 @@ def test_five_kills_change_no_byte(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["whole.json", "x.json"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "partial"])
+# Where in the directory of an archive a bit asks for what is not there, from its beginning.
+WISHES = {"password": (8, 1), "compression": (10, 1)}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "partial", "place", *WISHES])
 def test_a_damaged_shard_is_made_again(tmp_path, damage):
     job.run(make_job(tmp_path / "whole.json"))
     out = tmp_path / "x.json"
@@ -118,6 +122,13 @@ def test_a_damaged_shard_is_made_again(tmp_path, damage):
         shard.write_bytes(data)
     elif damage == "empty":
         shard.write_bytes(b"")
+    elif damage == "place":  # the directory's, at the end: behind the end of the file
+        data[-5] ^= 64
+        shard.write_bytes(data)
+    elif damage in WISHES:
+        offset, mask = WISHES[damage]
+        data[data.index(b"PK\1\2") + offset] ^= mask
+        shard.write_bytes(data)
     else:  # killed while it was written
         shard.rename(shard.with_suffix(".123.partial"))
     images = FakeImages(30)
