@@ -197,7 +197,8 @@ def open_monitor(config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer | None) ->
 
 def _check_protocol(config: ConfigDict, protocol: Protocol) -> None:
     """Refuse what `evaluate` names by its flags, by the names of fields."""
-    section, classes = config.evaluation, config.model.num_classes
+    section = config.evaluation
+    classes = count_classes(build_models.model_config(config))
     if protocol.num_images % classes:
         nearest = max(1, round(protocol.num_images / classes)) * classes
         raise ValueError(
@@ -249,11 +250,15 @@ class BestCheckpoint:
         self._settings = monitor.settings
         self._store = Checkpoints(self.path, keep=None)
         try:
-            self.step, self._best = self._store.latest_step(), math.nan
-            if self.step is not None:
-                record = self._store.read_record(self.step)
+            self.step: int | None = None
+            self._best = math.nan
+            for step in self._store.steps():
+                record = self._store.read_record(step)
                 self._check_same(record)
-                self._best = record["figures"][self._metric]
+                value = record["figures"][self._metric]
+                if self._is_better(value):
+                    self.step, self._best = step, value
+            self._drop_others()
             text = schema.to_json(monitor.run)
             write_text_atomically(self.path / RUN_CONFIG, text)
         except BaseException:
@@ -281,10 +286,8 @@ class BestCheckpoint:
         self._store.save(step, trees, record=record)
         # On disk before the run's next checkpoint: resumed from there, it will not come here again.
         self._store.wait()
-        for other in self._store.steps():
-            if other != step:
-                self._store.drop(other)
         self.step, self._best = step, value
+        self._drop_others()
         return True
 
     def describe(self) -> dict[str, Any]:
@@ -296,6 +299,12 @@ class BestCheckpoint:
     def close(self) -> None:
         """Release the directory."""
         self._store.close()
+
+    def _drop_others(self) -> None:
+        """Remove what was replaced; a kill may have left it, and the better one may be earlier."""
+        for step in self._store.steps():
+            if step != self.step:
+                self._store.drop(step)
 
     def _is_better(self, value: float) -> bool:
         if math.isnan(value):

@@ -188,6 +188,23 @@ def test_a_kill_while_the_best_is_written_leaves_one(watch, tmp_path, monkeypatc
     assert read_best(tmp_path)["step"] == 8
 
 
+def test_a_kill_between_an_earlier_best_and_a_later_one_leaves_the_better(
+    watch, tmp_path, monkeypatch
+):
+    """A run that goes on from before its best meets steps that it has not measured yet."""
+    offer(monitor.BestCheckpoint(tmp_path, watch), {4: 3.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "drop", kill)
+        with pytest.raises(KilledError):
+            offer(monitor.BestCheckpoint(tmp_path, watch), {2: 2.0})
+    again = monitor.BestCheckpoint(tmp_path, watch)
+    assert again.describe() == {"best_step": 2, "best_fid": 2.0}
+    assert read_best(tmp_path)["step"] == 2
+    assert offer(again, {2: 2.0, 4: 3.0, 6: 2.5}) == [False, False, False]
+    again.close()
+    assert read_best(tmp_path)["figures"] == {"fid": 2.0}
+
+
 def test_a_best_of_other_figures_is_not_compared(watch, tmp_path):
     best = monitor.BestCheckpoint(tmp_path, watch)
     offer(best, {4: 3.0})
@@ -326,8 +343,12 @@ def test_other_runs_are_refused(tokenizer, tmp_path, monkeypatch):
     config.kind = "tokenizer"
     with pytest.raises(ValueError, match="every_steps is for kind 'maskgil'"):
         train(config, tmp_path / "run")
-    monkeypatch.setattr("jax.process_count", lambda: 2)
     vq = maskgil_jax.load_tokenizer(tokenizer)
     mesh = maskgil_jax.sharding.make_mesh({"data": -1})
+    config = digits_config(tokenizer)
+    config.model.update(family="maskgil-text", num_classes=1000)
+    with pytest.raises(ValueError, match="config.evaluation: .* conditioned on captions"):
+        monitor.open_monitor(config, mesh, vq)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(ValueError, match="needs a single process, and this run has 2"):
         monitor.open_monitor(digits_config(tokenizer), mesh, vq)
