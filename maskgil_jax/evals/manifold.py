@@ -27,6 +27,9 @@ from maskgil_jax.evals.features import as_features, check_same_width, read_block
 
 # Two blocks of 2048 features and their distances take 48 MiB; larger ones are slower on a CPU.
 BLOCK_ROWS = 2048
+# Of a ball's squared radius to its centre's squared distance from the mean: below, rounding of
+# float32 products moves the edge by more than a thousandth.
+_RESOLVED = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,10 @@ def compare_manifolds(
         block_rows: rows of either set that meet in one block. The device holds two blocks of
             features and a few arrays of [block_rows, block_rows].
         dtype: of the distances. In float32 features are taken from the mean of the real ones, so
-            that nothing cancels; float64 takes them as they are, exact for 8-bit pixels and their
-            averages, where ties with the radius are common.
+            that no common offset cancels, and where balls are too small beside their distance from
+            it, as in clusters far apart or of copies, float64 is taken instead. That takes features
+            as they are, exact for 8-bit pixels and their averages, where ties with the radius are
+            common.
 
     Raises:
         ValueError: a set is no finite [rows, d] array or too large for `dtype`, widths differ, a
@@ -105,13 +110,23 @@ def compare_manifolds(
         for name, rows in (("generated", generated), ("real", real))
     )
     with jax.enable_x64(dtype == np.float64):
-        radii = _nearest_squared(theirs, max(k, density_k))
-        found = _compare(
-            ours,
-            theirs,
-            our_radii=_nearest_squared(ours, k)[:, k - 1],
-            their_radii=radii[:, k - 1],
-            density_radii=radii[:, density_k - 1],
+        their_nearest = _nearest_squared(theirs, max(k, density_k))
+        our_nearest = _nearest_squared(ours, k)
+        is_resolved = dtype == np.float64 or (
+            _are_resolved(theirs, their_nearest[:, min(k, density_k) - 1])
+            and _are_resolved(ours, our_nearest[:, k - 1])
+        )
+        if is_resolved:
+            found = _compare(
+                ours,
+                theirs,
+                our_radii=our_nearest[:, k - 1],
+                their_radii=their_nearest[:, k - 1],
+                density_radii=their_nearest[:, density_k - 1],
+            )
+    if not is_resolved:
+        return compare_manifolds(
+            real, generated, k=k, density_k=density_k, block_rows=block_rows, dtype=np.float64
         )
     return Manifolds(
         precision=float(found.ours_inside.mean()),
@@ -254,6 +269,15 @@ def _nearest_squared(cut: _Cut, k: int) -> Float[np.ndarray, "n k"]:
             best[i], best[j] = _nearest_between(best[i], best[j], block, cut[j])
             best[j].block_until_ready()  # or the blocks of many steps would wait in memory
     return np.concatenate([np.asarray(rows) for rows in best])[: len(cut.features)]
+
+
+def _are_resolved(cut: _Cut, squared_radii: Float[np.ndarray, " n"]) -> bool:
+    """Return whether all balls of a set are larger than what rounding does to distances."""
+    for i in range(len(cut)):
+        part = squared_radii[i * cut.height : (i + 1) * cut.height]
+        if (part < _RESOLVED * np.asarray(cut[i].squares)[: len(part)]).any():
+            return False
+    return True
 
 
 @jax.jit

@@ -59,6 +59,20 @@ def test_float32_finds_what_float64_finds_far_from_the_origin():
         assert vars(found) == pytest.approx(vars(expected), abs=1e-2)
 
 
+@pytest.mark.parametrize("distance", [300, 3000])
+def test_clusters_far_apart_are_told_from_one_another_and_within(distance):
+    """Rounding of float32 would take the distances within a cluster for 0."""
+    rng = np.random.default_rng(7)
+    real, generated = (
+        scale * rng.normal(size=(300, 64)) + distance * rng.choice([-1, 1], (300, 1))
+        for scale in (1, 1.3)
+    )
+    exact = compare_manifolds(real, generated, dtype=np.float64)
+    assert exact.precision < 0.2
+    assert exact.coverage > 0.05
+    assert compare_manifolds(real, generated) == exact
+
+
 def test_ties_with_the_radius_lie_inside_for_precision_and_outside_for_density():
     real = np.arange(8.0)[:, None] * 2  # every second neighbour of an inner point is 2 away
     found = compare_manifolds(real, real + 2, k=1, density_k=1)
