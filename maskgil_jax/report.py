@@ -3,6 +3,7 @@
 Calls on generation, embedded data and `evals/`; `train.py` says when.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from maskgil_jax.tokenizers.losses import codebook_usage
 
 GRID_ROWS = 8
 READER_CANVASES = 2000  # training canvases that the reader of digits is fitted on
+REBUILT_CANVASES = 700  # of these, that it sees as a tokenizer rebuilds them, too
 
 
 def draw_grid(
@@ -128,7 +130,8 @@ def _measure_captioned(
         captions = build_models.read_prompts(model, [prompt for prompt, _ in some], encoder)
         images += list(_generate(config, mesh, tokenizer, state, captions, size))
         expectations += [expectation for _, expectation in some]
-    measured = canvas_geneval_report(images, expectations, palette=COLOURS, train=_known_digits())
+    train = known_digits(tokenizer)
+    measured = canvas_geneval_report(images, expectations, palette=COLOURS, train=train)
     return {name: round(value, 4) for name, value in measured.items()}
 
 
@@ -188,7 +191,7 @@ def _read_canvases(
         np.array([o.digit for o in objects]),
         np.array([tuple(COLOURS).index(o.colour) for o in objects]),
         palette=np.array(list(COLOURS.values())),
-        train=_known_digits(),
+        train=known_digits(),
     )
 
 
@@ -196,11 +199,36 @@ def _cut(canvases: list[tuple[np.ndarray, Scene]]) -> np.ndarray:
     return np.stack([cut_digit(image, o.box) for image, scene in canvases for o in scene.objects])
 
 
-def _known_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return what the reader of digits is fitted on: crops of training canvases, and digits."""
+def known_digits(tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a reader of digits is fitted on: crops of training canvases, and their digits.
+
+    Args:
+        tokenizer: some of the canvases are there as it rebuilds them too, if there is one, so that
+            the reader knows its blur.
+    """
     source = CanvasSource("train")
-    train = [source.draw(index) for index in range(READER_CANVASES)]
-    return _cut(train), np.array([o.digit for _, scene in train for o in scene.objects])
+    canvases = [source.draw(index) for index in range(READER_CANVASES)]
+    if tokenizer is not None:
+        first = canvases[:REBUILT_CANVASES]
+        scenes = [scene for _, scene in first]
+        canvases += list(zip(rebuild_canvases(first, tokenizer), scenes, strict=True))
+    return _cut(canvases), np.array([o.digit for _, scene in canvases for o in scene.objects])
+
+
+def rebuild_canvases(
+    canvases: Sequence[tuple[np.ndarray, Scene]], tokenizer: Tokenizer, batch_size: int = 16
+) -> list[np.ndarray]:
+    """Return the images as a tokenizer rebuilds them, in their order."""
+    by_size: dict[Size, list[int]] = {}
+    for index, (_, scene) in enumerate(canvases):
+        by_size.setdefault(scene.size, []).append(index)
+    rebuilt: dict[int, np.ndarray] = {}
+    for indices in by_size.values():
+        images = to_float(np.stack([canvases[index][0] for index in indices]))
+        tokens = tokenizer.encode(images, batch_size=batch_size)
+        decoded = pictures.to_uint8(np.asarray(tokenizer.decode(tokens, batch_size=batch_size)))
+        rebuilt |= dict(zip(indices, decoded, strict=True))
+    return [rebuilt[index] for index in range(len(canvases))]
 
 
 def _generate(

@@ -1,9 +1,10 @@
 """Write image folders as GenEval reads them, and read its results into a row of a table.
 
+    python tools/geneval.py generate --workdir RUN --metadata evaluation_metadata.jsonl --out IMAGES
     python evaluation/evaluate_images.py IMAGES --outfile results.jsonl --model-path MODELS
     python tools/geneval.py table --results results.jsonl --name MaskGIL [--json scores.json]
 
-The first command is the official program, of github.com/djghosh13/geneval (it needs an NVIDIA GPU
+The second command is the official program, of github.com/djghosh13/geneval (it needs an NVIDIA GPU
 and mmdetection), as is `prompts/evaluation_metadata.jsonl`, whose 553 prompts the images are of.
 The figures are those of its `evaluation/summary_scores.py`: of each tag the share of correct
 images, and overall the mean of the six tags. That one averages whatever is in the file; here images
@@ -13,6 +14,7 @@ that are missing, or there twice, are an error. `--metadata FILE` is for other p
 import argparse
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -23,8 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from maskgil_jax import pictures
+from maskgil_jax import cli, loading, pictures
+from maskgil_jax.build.sizes import check_size
 from maskgil_jax.checkpoints import write_text_atomically
+from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.workdir import LOCK, lock
 
 # Tag of GenEval, heading in the paper's Table 4, prompts in the official file.
@@ -309,6 +313,45 @@ def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path} is empty")
 
 
+def generate(arguments: argparse.Namespace) -> None:
+    """Write the images of a trained model."""
+    run = pathlib.Path(arguments.workdir)
+    model = loading.load_model(run)
+    generator = ImageGenerator(
+        model,
+        loading.open_tokenizer(model, run, arguments.tokenizer),
+        text_encoder=loading.open_text_encoder(model, run, arguments.text_encoder),
+        batch_size=arguments.batch_size,
+    )
+    size = None if arguments.size is None else cli.parse_size(arguments.size)
+    if size is not None:
+        check_size(model.run, size)
+    changes = {
+        name: getattr(arguments, name)
+        for name in ("num_steps", "guidance_scale")
+        if getattr(arguments, name) is not None
+    }
+    make = functools.partial(generator, seed=arguments.seed, size=size, **changes)
+    encoder = generator.text_encoder
+    settings = {
+        "model": model.fingerprint,
+        "tokenizer": generator.tokenizer.fingerprint,
+        "text_encoder": None if encoder is None else encoder.fingerprint,
+        "seed": arguments.seed,
+        "size": size,
+        "sampler": dataclasses.asdict(generator.sampler(**changes)),
+    }
+    made = write_images(
+        arguments.metadata,
+        arguments.out,
+        lambda first, prompts: make(prompts=prompts, first_index=first),
+        samples=arguments.samples,
+        batch_size=arguments.batch_size,
+        settings=settings,
+    )
+    print(f"{arguments.out}: {made} images made")
+
+
 def make_table(arguments: argparse.Namespace) -> None:
     """Print the row; write the JSON if asked."""
     prompts = None if arguments.metadata is None else read_prompts(arguments.metadata)
@@ -325,6 +368,20 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    images = commands.add_parser("generate", help="a trained model's images -> GenEval's folders")
+    add = images.add_argument
+    add("--workdir", required=True, help="run or model directory of a text-conditional model")
+    add("--metadata", type=pathlib.Path, required=True, help="evaluation_metadata.jsonl")
+    add("--out", type=pathlib.Path, required=True, help="folder to write, or to go on with")
+    add("--samples", type=int, default=4, help="images of each prompt; officially 4")
+    add("--seed", type=int, default=0, help="of all images")
+    add("--size", help="HxW in pixels; default: as trained")
+    add("--num_steps", type=int, help="default: the run's")
+    add("--guidance_scale", type=float, help="default: the run's")
+    add("--batch_size", type=int, default=16, help="images at a time")
+    add("--tokenizer", help="instead of the run's")
+    add("--text_encoder", help="instead of the run's")
+    images.set_defaults(run=generate)
     table = commands.add_parser("table", help="results of the official program -> Table 4's row")
     add = table.add_argument
     add("--results", type=pathlib.Path, required=True, help="results.jsonl of evaluate_images.py")

@@ -11,38 +11,19 @@ fails), and `read`, the share of canvases whose digits and colours are all found
 """
 
 import argparse
-import collections
 import json
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from maskgil_jax import loading, pictures
+from maskgil_jax import loading
 from maskgil_jax.data.canvas_captions import KINDS, Expectation, heldout_prompts, holds
-from maskgil_jax.data.canvases import COLOURS, SIZES, CanvasSource, Scene, draw_digits
-from maskgil_jax.data.transforms import to_float
+from maskgil_jax.data.canvases import COLOURS, SIZES, Scene, draw_digits
 from maskgil_jax.evals.canvas_checker import CanvasChecker, FoundDigit, Verdict, judge
-from maskgil_jax.evals.canvases import cut_digit
-
-TRAIN_CANVASES = 2000
-REBUILT_CANVASES = 700  # of these, that the reader sees as the tokenizer rebuilds them too
-BATCH_SIZE = 16
+from maskgil_jax.report import known_digits, rebuild_canvases
 
 Canvas = tuple[np.ndarray, Scene]
-
-
-def make_checker(tokenizer: str | None) -> CanvasChecker:
-    """Return the checker, its reader fitted on training canvases, some of them rebuilt too."""
-    source = CanvasSource("train")
-    canvases = [source.draw(index) for index in range(TRAIN_CANVASES)]
-    if tokenizer is not None:
-        first = canvases[:REBUILT_CANVASES]
-        scenes = [scene for _, scene in first]
-        canvases += list(zip(rebuild(first, tokenizer), scenes, strict=True))
-    crops = [cut_digit(image, o.box) for image, scene in canvases for o in scene.objects]
-    digits = [o.digit for _, scene in canvases for o in scene.objects]
-    return CanvasChecker(palette=COLOURS, train=(np.stack(crops), np.array(digits)))
 
 
 def draw_expected(expectation: Expectation, seed: Sequence[int], index: int) -> Canvas:
@@ -63,21 +44,6 @@ def judge_scene(scene: Scene, expectation: Expectation) -> bool:
     """Tell by the scene itself whether the canvas shows what is expected."""
     truth = [FoundDigit(o.digit, o.colour, o.box, 1.0) for o in scene.objects]
     return judge(truth, expectation).correct
-
-
-def rebuild(canvases: Sequence[Canvas], tokenizer: str) -> list[np.ndarray]:
-    """Return the images as the tokenizer rebuilds them, in their order."""
-    trained = loading.load_tokenizer(tokenizer)
-    by_size = collections.defaultdict(list)
-    for index, (_, scene) in enumerate(canvases):
-        by_size[scene.size].append(index)
-    rebuilt: dict[int, np.ndarray] = {}
-    for indices in by_size.values():
-        images = to_float(np.stack([canvases[index][0] for index in indices]))
-        tokens = trained.encode(images, batch_size=BATCH_SIZE)
-        decoded = pictures.to_uint8(np.asarray(trained.decode(tokens, batch_size=BATCH_SIZE)))
-        rebuilt |= dict(zip(indices, decoded, strict=True))
-    return [rebuilt[index] for index in range(len(canvases))]
 
 
 def measure(
@@ -121,14 +87,15 @@ def run(per_kind: int, seed: int, tokenizer: str | None, explain: bool) -> dict[
         raise ValueError(f"per_kind = {per_kind}, seed = {seed}; give at least 2 and 0")
     expectations = [e for kind in KINDS for _, e in heldout_prompts(kind, per_kind, seed)]
     canvases = [draw_expected(e, (seed,), row) for row, e in enumerate(expectations)]
-    checker = make_checker(tokenizer)
+    trained = None if tokenizer is None else loading.load_tokenizer(tokenizer)
+    checker = CanvasChecker(palette=COLOURS, train=known_digits(trained))
     originals = [image for image, _ in canvases]
     result: dict[str, object] = {
         "per_kind": per_kind,
         "originals": measure(checker, originals, canvases, expectations, explain),
     }
-    if tokenizer is not None:
-        rebuilt = rebuild(canvases, tokenizer)
+    if trained is not None:
+        rebuilt = rebuild_canvases(canvases, trained)
         result["rebuilt"] = measure(checker, rebuilt, canvases, expectations, explain)
     return result
 

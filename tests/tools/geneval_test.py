@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from tools import geneval
@@ -291,3 +292,26 @@ def test_broken_results_are_refused(tmp_path, spoil, match):
 def test_a_missing_file_is_one_line_of_error(tmp_path, capsys):
     assert geneval.main(["table", f"--results={tmp_path / 'none.jsonl'}"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_model_fills_the_folders(tmp_path, monkeypatch, capsys):
+    generator = tiny.make_generator(tiny.make_tokenizer_dir(tmp_path / "vq"), "maskgil-text")
+    model, tokenizer = generator.model, generator.tokenizer
+    monkeypatch.setattr("maskgil_jax.loading.load_model", lambda path: model)
+    monkeypatch.setattr("maskgil_jax.loading.open_tokenizer", lambda *args: tokenizer)
+    metadata = tmp_path / "evaluation_metadata.jsonl"
+    metadata.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    arguments = ["generate", "--workdir=run", f"--metadata={metadata}", f"--out={tmp_path / 'out'}"]
+    arguments += ["--samples=2", "--size=16x24", "--num_steps=2", "--batch_size=4"]
+    assert geneval.main(arguments) == 0
+    assert f"{2 * len(RECORDS)} images made" in capsys.readouterr().out
+    with Image.open(tmp_path / "out/00001/samples/0001.png") as image:
+        assert image.size == (24, 16)
+        expected = generator(
+            prompts=[RECORDS[1]["prompt"]], first_index=3, size=(16, 24), num_steps=2
+        )
+        np.testing.assert_allclose(np.asarray(image, int), expected[0], atol=1, rtol=0)
+    assert geneval.main([*arguments, "--guidance_scale=9"]) == 1
+    assert "is of other settings: sampler was" in capsys.readouterr().err
+    assert geneval.main([*arguments, "--size=20x20"]) == 1
+    assert "size 20x20" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import json
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from tools import measure_checker
 
 @pytest.fixture(autouse=True)
 def _few_canvases(monkeypatch):
-    monkeypatch.setattr(measure_checker, "TRAIN_CANVASES", 250)
+    monkeypatch.setattr("maskgil_jax.report.READER_CANVASES", 250)
 
 
 def test_canvases_show_what_is_expected_and_no_more():
@@ -62,9 +63,9 @@ class Copier:
 
 
 def test_rebuilt_images_come_back_in_their_order(monkeypatch):
-    monkeypatch.setattr(measure_checker.loading, "load_tokenizer", lambda name: Copier())
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     prompts = heldout_prompts("two_objects", 17)
     canvases = [measure_checker.draw_expected(e, (0,), i) for i, (_, e) in enumerate(prompts)]
-    rebuilt = measure_checker.rebuild(canvases, "copier")
+    rebuilt = measure_checker.rebuild_canvases(canvases, Copier())
     for image, (original, _) in zip(rebuilt, canvases, strict=True):
         np.testing.assert_array_equal(image, original)
