@@ -27,6 +27,7 @@ _PUBLIC = {
     "ImageGenerator": "maskgil_jax.generator",
     "mix_labels": "maskgil_jax.models.conditioning",
     "load_model": "maskgil_jax.loading",
+    "load_text_encoder": "maskgil_jax.loading",
     "load_tokenizer": "maskgil_jax.loading",
     "generate_tokens": "maskgil_jax.generation",
     "decode_images": "maskgil_jax.generation",
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from maskgil_jax.decoding.masked import SamplerConfig
     from maskgil_jax.generation import decode_images, generate_tokens
     from maskgil_jax.generator import ImageGenerator
-    from maskgil_jax.loading import load_model, load_tokenizer
+    from maskgil_jax.loading import load_model, load_text_encoder, load_tokenizer
+    from maskgil_jax.models.conditioning import mix_labels
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_text
 from train_test import final_state, losses
 
-from maskgil_jax import ImageGenerator, sharding
+from maskgil_jax import ImageGenerator, checkpoints, sharding
 from maskgil_jax.build import captions
 from maskgil_jax.build import data as build
 from maskgil_jax.build import training as build_training
 from maskgil_jax.text.base import Tokenized
-from maskgil_jax.train import _open_batches, _open_tokenizer, train
+from maskgil_jax.train import _open_batches, _open_text_encoder, _open_tokenizer, train
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,30 @@ def test_a_run_on_the_features_of_an_encoder(config, tmp_path, monkeypatch):
     config.model.text_width = 6
     with pytest.raises(ValueError, match="spelling gives up to 64 features of width 5, but.*6"):
         train(config, tmp_path / "other")
+
+
+def test_gemma_computes_on_all_devices(config, tmp_path):
+    shape = tiny_text.gemma_config(2)
+    checkpoints.write_model_dir(
+        tmp_path / "gemma",
+        kind="text-encoder",
+        family="gemma",
+        config=shape.to_dict(),
+        params=tiny_text.make_params(shape),
+        files=[tiny_text.make_tokenizer_file(tmp_path / "tokenizer.json")],
+    )
+    config.model.update(text="features", text_width=shape.width, text_length=40)
+    config.text.encoder = str(tmp_path / "gemma")
+    encoder = _open_text_encoder(config)
+    mesh = sharding.make_mesh({"data": -1})
+    source = build.make_sources(config)[64, 64]
+    tokens = encoder.tokenize([source[index]["caption"] for index in range(8)])
+    batch = {"caption": tokens.ids, "caption_length": tokens.lengths}
+    found = captions.make_encoder(encoder, mesh)(sharding.put_batch(batch, mesh))["caption"]
+    assert len(found.sharding.device_set) == jax.device_count() == 4
+    expected = np.asarray(encoder.encode(tokens.ids, tokens.lengths))
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    assert next(open_batches(config, encoder))["caption"].shape == (8, 40, shape.width)
 
 
 def test_captions_that_are_too_long_are_cut_and_that_is_said(config, capsys):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from maskgil_jax.data.webdataset import read_webdataset
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.text.base import TextEncoder
+from maskgil_jax.text.gemma_encoder import GemmaEncoder
 from maskgil_jax.text.prompts import encode_bytes
 
 FORMATS = ("folder", "jsonl", "webdataset", "tfds")
@@ -182,14 +184,29 @@ def describe_cut(
 def make_encoder(encoder: TextEncoder, mesh: Mesh) -> Callable[[Any], Any]:
     """Return the map of batches that puts features in place of the ids of captions.
 
-    An encoder in JAX computes on the mesh, another one on the host.
+    An encoder in JAX computes on the mesh, every device its share of the captions with all of the
+    encoder's parameters; another one computes this process's captions on the host.
     """
     split = sharding.batch_sharding(mesh)
+    if not isinstance(encoder, GemmaEncoder):
 
-    def encode(batch):
-        ids, lengths = batch["caption"], batch["caption_length"]
-        if not encoder.jittable:
-            ids, lengths = np.asarray(ids), np.asarray(lengths)
-        return batch | {"caption": jax.device_put(encoder.encode(ids, lengths), split)}
+        def encode_here(batch):
+            # Only this process's rows are here.
+            ids, lengths = (
+                multihost_utils.global_array_to_host_local_array(batch[name], mesh, split.spec)
+                for name in ("caption", "caption_length")
+            )
+            features = encoder.encode(np.asarray(ids), np.asarray(lengths))
+            return batch | sharding.put_batch({"caption": features}, mesh)
 
-    return encode
+        return encode_here
+
+    params = jax.device_put(encoder.params, sharding.replicated(mesh))
+
+    @functools.partial(jax.jit, out_shardings=split)
+    def encode(params, ids, lengths):
+        return encoder.apply(params, ids, lengths)
+
+    return lambda batch: (
+        batch | {"caption": encode(params, batch["caption"], batch["caption_length"])}
+    )
