@@ -75,7 +75,8 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     sources = build_data.make_sources(config)
     tokenizer = _open_tokenizer(config, sources)
     encoder = _open_text_encoder(config)
-    begin = _open_begin(config)
+    # A run that has checkpoints needs the model that it began with no more.
+    begin = [] if os.path.isdir(os.path.join(workdir, "checkpoints")) else [_open_begin(config)]
     perceptual = _open_perceptual(config)
     watch = monitor.open_monitor(config, mesh, tokenizer)
     claim = claim_workdir(workdir, config)
@@ -102,7 +103,7 @@ def _run(
     tokenizer: Tokenizer | None,
     encoder: TextEncoder | None,
     watch: monitor.Monitor | None,
-    begin: loading.Model | None,
+    begin: list[loading.Model | None],
 ) -> tuple[Any, dict[str, Any]]:
     """Restore or initialise the state, update it to the end, and draw the last samples.
 
@@ -116,7 +117,7 @@ def _run(
         store = checkpoints.Checkpoints(workdir, keep=config.logging.keep_checkpoints)
         stack.enter_context(contextlib.closing(store))
         writer = stack.enter_context(_open_writer(workdir))
-        state, first_step = _restore(store, task, batches, begin)
+        state, first_step = _restore(config, store, task, batches, begin)
         if first_step > config.training.num_steps:
             raise ValueError(
                 f"{workdir} is at step {first_step}, beyond training.num_steps "
@@ -164,18 +165,20 @@ def _run(
 
 
 def _restore(
+    config: ConfigDict,
     store: checkpoints.Checkpoints,
     task: build_tasks.Task,
     batches: loop.DeviceBatches,
-    begin: loading.Model | None,
+    begin: list[loading.Model | None],
 ) -> tuple[Any, int]:
     """Return the newest verified state and its step, or a fresh state and 0.
 
-    A fresh state has the parameters of `begin`, or random ones.
+    A fresh state has the parameters of the model that is taken out of `begin`, or else opened;
+    random ones if it is `None`.
     """
     step = store.latest_step()
     if step is None:
-        return _begin(task, begin), 0
+        return _begin(task, begin.pop() if begin else _open_begin(config)), 0
     trees = store.restore(step, _as_trees(task.abstract), batches)
     say(f"resumed from step {step}")
     progress = trees["progress"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 
@@ -272,6 +273,12 @@ def test_a_second_stage_begins_with_the_parameters_of_the_first(finished, config
     ):
         np.testing.assert_array_equal(a, b)
     # Once it has a checkpoint of its own, the first stage may go.
+    shutil.copytree(finished[0], tmp_path / "first")
+    config.init_from = str(tmp_path / "first")
+    train(config, tmp_path / "other")
+    shutil.rmtree(tmp_path / "first")
+    train(config, tmp_path / "other")
+    assert "resumed from step 2" in capsys.readouterr().out
     config.init_from = str(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="gone"):
         train(config, tmp_path / "third")
