@@ -31,6 +31,8 @@ Make = Callable[[int, np.ndarray], np.ndarray]
 
 PROGRESS_SECONDS = 5.0
 _POLL_SECONDS = 0.5
+# Characters of a setting in a message; 66 are those of a SHA-256 in quotes.
+_SHOWN = 66
 # A network file system may show a new file that much later than the end of an old one.
 _GRACE_SECONDS = 60.0
 _SETTINGS = "settings.json"
@@ -231,11 +233,14 @@ def check_same(
         ValueError: if a setting differs; each is named with both values.
     """
     if differing := describe_differences(old, new):
+        remedy = "Continue with those settings, choose another --out, or remove that folder to "
+        if changed := describe_changed_files(old, new):
+            # Nobody can go back to pictures that are gone.
+            remedy = f"{changed} Choose another --out, or remove {work} to "
         raise ValueError(
             f"{work} holds {what} with other settings:\n"
             + "\n".join(differing)
-            + "\nContinue with those settings, choose another --out, or remove that folder to "
-            "begin anew."
+            + f"\n{remedy}begin anew."
         )
 
 
@@ -247,6 +252,20 @@ def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
+
+
+def describe_changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return a sentence on files whose contents (`sha256`) differ; empty if there are none."""
+    there, here = _flatten(old), _flatten(new)
+    names = {
+        name.partition(".")[0]
+        for name in there.keys() & here.keys()
+        if name.endswith(".sha256") and there[name] != here[name]
+    }
+    if not names:
+        return ""
+    files = " and ".join(sorted(names))
+    return f"The files of {files} have changed since then, or others are given."
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,7 +280,10 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _shorten(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    # A SHA-256 is shown whole: half of one cannot be looked up.
+    if len(text) <= _SHOWN:
+        return text
+    return json.dumps(f"{value[:57]}...") if isinstance(value, str) else f"{text[:57]}..."
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ _DAMAGE = (
 
 
 @contextlib.contextmanager
-def name_damage(what: str) -> Iterator[None]:
+def name_damage(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Give one error for all that reading a damaged archive raises.
 
     Args:
         what: said in front of the reason, such as "x.npz is damaged".
+        kind: of the error.
 
     Raises:
         ValueError: what was read is damaged. Other errors pass, such as those of a missing file.
@@ -32,9 +33,9 @@ def name_damage(what: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise ValueError(f"{what}: {error}; copy or make it anew") from error
+        raise kind(f"{what}: {error}; copy or make it anew") from error
     except OSError as error:
         # How a place before the beginning ends in a file; a disk that fails is no damage.
         if error.errno != errno.EINVAL:
             raise
-        raise ValueError(f"{what}: {error}; copy or make it anew") from error
+        raise kind(f"{what}: {error}; copy or make it anew") from error

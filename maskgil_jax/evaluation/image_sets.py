@@ -25,7 +25,7 @@ from maskgil_jax.checkpoints import file_sha256
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.errors import ImageReadError
 from maskgil_jax.data.folder import EXTENSIONS
-from maskgil_jax.data.images import decode_rgb
+from maskgil_jax.data.images import decode_rgb, read_size
 from maskgil_jax.data.transforms import center_crop
 from maskgil_jax.evals.archives import name_damage
 from maskgil_jax.generation import padded_size
@@ -33,6 +33,7 @@ from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.sharding import batch_shards
 
 _THREADS = min(8, os.cpu_count() or 1)
+_NAMED = 5  # pictures of many that are wrong
 _LABEL = re.compile(r"_label(\d+)\.[A-Za-z]+$")
 
 
@@ -216,12 +217,14 @@ class ArrayImages:
         size = int(np.prod(self.image_shape))
         if first < self._next:
             self._open()
-        with name_damage(f"{self._path} is damaged"):
+        with name_damage(f"{self._path} is damaged", ImageReadError):
             while self._next < first:
                 self._skip(min(first - self._next, 256), size)
             data = self._member.read((stop - first) * size)
         if len(data) != (stop - first) * size:
-            raise ValueError(f"{self._path} is cut short at image {first}; copy or make it anew")
+            raise ImageReadError(
+                f"{self._path} is cut short at image {first}; copy or make it anew"
+            )
         self._next = stop
         return np.frombuffer(data, np.uint8).reshape(stop - first, *self.image_shape)
 
@@ -255,11 +258,11 @@ class FolderImages:
         image_size: side to which images are cropped, as those of the ImageNet reference; `None`
             leaves them as they are, and they must be of one size.
         convert: whether greyscale, CMYK and transparent files become RGB, see `decode_rgb`; else
-            they are refused when they are met.
+            they are refused.
 
     Raises:
-        ValueError: if there are no images; from reading, an image that is damaged, of another
-            size or of another colour mode.
+        ValueError: if there are no images, or some are of another size or colour mode, which is
+            looked up in the headers of all; from reading, an image that is damaged.
     """
 
     def __init__(
@@ -274,6 +277,7 @@ class FolderImages:
         found = [_LABEL.search(file) for file in self._files]
         labels = [int(match[1]) for match in found if match]
         self.labels = np.array(labels, np.int64) if len(labels) == len(found) else None
+        self._check_headers()
         self.image_shape: tuple[int, int, int] = self._decode(0).shape
 
     @functools.cached_property
@@ -297,11 +301,43 @@ class FolderImages:
             check_same_size(self._files[index], image, self.image_shape)
         return np.stack(images)
 
+    def _check_headers(self) -> None:
+        """Refuse, all at once, pictures of which the header tells that they are not of the set."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = list(pool.map(_read_header, (self._root / file for file in self._files)))
+        first = next((header.size for header in found if header.size is not None), None)
+        wrong: list[str] = []
+        remedies: set[str] = set()
+        for file, header in zip(self._files, found, strict=True):
+            if header.size is None:
+                wrong.append(f"{file} cannot be read: {header.problem}")
+                remedies.add("repair or remove what cannot be read")
+            elif header.problem and not self._convert:
+                wrong.append(f"{file} is {header.problem}, not RGB")
+                remedies.add(
+                    "--convert_to_rgb repeats greyscale, converts CMYK, and lays transparency over "
+                    "white"
+                )
+            elif header.size != first and self._image_size is None:
+                assert first is not None
+                wrong.append(
+                    f"{file} has {header.size[0]}×{header.size[1]} pixels, the first image "
+                    f"{first[0]}×{first[1]}"
+                )
+                remedies.add("a set is of one size: crop all of a folder with --image_size N")
+        if wrong:
+            lines = wrong[:_NAMED]
+            if len(wrong) > _NAMED:
+                lines.append(f"and {len(wrong) - _NAMED:,} more")
+            raise ImageReadError(
+                f"{len(wrong):,} of the {len(found):,} images in {self._root} cannot be taken:\n  "
+                + "\n  ".join(lines)
+                + f"\n{'; '.join(sorted(remedies))}"
+            )
+
     def _decode(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
         path = self._root / self._files[index]
         try:
-            if not self._convert:
-                _check_mode(path)
             image = decode_rgb(path)
         except (ImageReadError, OSError, Image.DecompressionBombError) as error:
             raise ImageReadError(f"cannot read image {path}: {error}") from error
@@ -466,14 +502,23 @@ def _list_images(root: pathlib.Path) -> list[str]:
     return sorted(found)
 
 
-def _check_mode(path: pathlib.Path) -> None:
-    with Image.open(path) as image:
-        transparent = image.has_transparency_data
-        if image.mode in ("RGB", "P") and not transparent:
-            return
-        mode = "transparent" if transparent else image.mode
-    names = {"L": "greyscale", "1": "greyscale", "LA": "transparent", "CMYK": "CMYK"}
-    raise ImageReadError(
-        f"it is {names.get(mode, mode)}, not RGB; --convert_to_rgb repeats greyscale, converts "
-        "CMYK, and lays transparency over white"
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What the beginning of a picture file says: (H, W), and why it is no plain RGB, if so."""
+
+    size: tuple[int, int] | None
+    problem: str = ""
+
+
+def _read_header(path: pathlib.Path) -> _Header:
+    """Read the beginning of a picture; without a size if there is none."""
+    try:
+        size = read_size(path)
+        with Image.open(path) as image:
+            transparent, mode = image.has_transparency_data, image.mode
+    except (ImageReadError, OSError) as error:
+        return _Header(size=None, problem=str(error))
+    names = {"L": "greyscale", "1": "greyscale", "LA": "transparent"}
+    if transparent:
+        return _Header(size=size, problem="transparent")
+    return _Header(size=size, problem="" if mode in ("RGB", "P") else names.get(mode, mode))

@@ -20,6 +20,7 @@ import numpy as np
 
 from maskgil_jax import __version__, bulk, workdir
 from maskgil_jax.checkpoints import write_text_atomically
+from maskgil_jax.data.errors import ImageReadError
 from maskgil_jax.evaluation.extraction import extract
 from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet, describe_labels
 from maskgil_jax.evaluation.measure import check_measurable, measure
@@ -275,16 +276,21 @@ def _samples_folder(evaluation: Evaluation, number: int) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _hold(evaluation: Evaluation) -> Iterator[None]:
-    """Make or reopen the working folder; if nothing was stored there, it goes again."""
+    """Make or reopen the working folder.
+
+    If nothing was stored there, or files to measure turn out damaged in the first start, it goes
+    again.
+    """
     work, settings = evaluation.work, evaluation.work_settings
     new_parents = [parent for parent in work.parents if not parent.exists()]
     work.mkdir(parents=True, exist_ok=True)
     with workdir.lock(work, "--out"):
         for leftover in work.glob(f".{_SETTINGS}.*"):
             leftover.unlink()
-        file = work / _SETTINGS
+        file, is_first = work / _SETTINGS, True
         if file.exists():
             bulk.check_same(work, bulk.read_settings(file), settings, "a part of an evaluation")
+            is_first = False
         elif any(path.name != workdir.LOCK for path in work.iterdir()):
             raise ValueError(
                 f"{work} holds files but no {_SETTINGS}; remove it or choose another --out"
@@ -293,6 +299,11 @@ def _hold(evaluation: Evaluation) -> Iterator[None]:
             write_text_atomically(file, json.dumps(settings, indent=1) + "\n")
         try:
             yield
+        except ImageReadError as error:
+            # The files have to change, and then the shards of those before fit nothing.
+            if is_first and not _is_passing(error):
+                _remove(work)
+            raise
         finally:
             if work.exists() and not any(work.rglob("0*.npz")) and not any(work.glob("*/*.json")):
                 _remove(work)
@@ -300,6 +311,15 @@ def _hold(evaluation: Evaluation) -> Iterator[None]:
                 for parent in new_parents:
                     with contextlib.suppress(OSError):  # somebody has put something there
                         parent.rmdir()
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Return whether an error is of the disk or network, and the file may be read another time."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _remove(work: pathlib.Path) -> None:
@@ -323,6 +343,8 @@ def _read_finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, 
     names = {*settings, "sweep", "sweep_order"}
     there = {name: value for name, value in report.items() if name in names}
     if differing := bulk.describe_differences(there, settings):
+        if changed := bulk.describe_changed_files(there, settings):
+            remedy = f"{changed} {remedy}"
         raise ValueError(
             f"--out {out} is a finished report with other settings:\n"
             + "\n".join(differing)

@@ -158,9 +158,9 @@ def test_a_folder_of_several_sizes_needs_a_crop(tmp_path):
     save(tmp_path / "a.png", size=(40, 30))
     whole = save(tmp_path / "b.png", size=(24, 50))
     with pytest.raises(
-        ValueError, match="b.png has 50×24 pixels, the first image 30×40; .* --image_size N"
+        ValueError, match="b.png has 50×24 pixels, the first image 30×40\n.* --image_size N"
     ):
-        open_images(tmp_path).read(0, 2)
+        open_images(tmp_path)
     images = open_images(tmp_path, image_size=16)
     np.testing.assert_array_equal(images.read(1, 2)[0], center_crop(whole, 16))
     assert images.settings["crop"].startswith("shorter side to 16 (2×2 boxes, then bicubic)")
@@ -180,7 +180,7 @@ def test_other_colour_modes_are_converted_when_asked(tmp_path, mode, name, word)
     save(tmp_path / name, mode if mode != "1" else "L")
     if mode == "1":
         Image.open(tmp_path / name).convert("1").save(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name}: it is {word}, not RGB; --convert_to_rgb"):
+    with pytest.raises(ValueError, match=f"{name} is {word}, not RGB\n--convert_to_rgb"):
         open_images(tmp_path)
     images = open_images(tmp_path, convert=True)
     np.testing.assert_array_equal(images.read(0, 1)[0], decode_rgb(tmp_path / name))
@@ -191,8 +191,27 @@ def test_unreadable_and_missing_pictures_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         open_images(tmp_path)
     (tmp_path / "a.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot read image .*a.png"):
+    with pytest.raises(ValueError, match="a.png cannot be read: its content is no known image"):
         open_images(tmp_path)
+    save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="cannot read image .*a.png: image file is truncated"):
+        open_images(tmp_path)
+
+
+def test_all_wrong_pictures_are_listed_at_once(tmp_path):
+    for number in range(8):
+        save(tmp_path / f"{number}.png", "L" if number > 1 else "RGB")
+    save(tmp_path / "1.png", size=(5, 5))
+    with pytest.raises(ValueError, match="cannot be taken") as caught:
+        open_images(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"7 of the 8 images in {tmp_path} cannot be taken:"
+    assert lines[1] == "  1.png has 5×5 pixels, the first image 8×6"
+    assert lines[2:6] == [f"  {number}.png is greyscale, not RGB" for number in (2, 3, 4, 5)]
+    assert lines[6] == "  and 2 more"
+    assert "--convert_to_rgb" in lines[7]
+    assert "--image_size N" in lines[7]
 
 
 def test_an_npz_has_no_use_for_a_crop(tmp_path):

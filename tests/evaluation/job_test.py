@@ -1,6 +1,7 @@
 """An evaluation is the same however often it was killed, and refuses what would mislead."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from maskgil_jax import workdir
 from maskgil_jax.data.digits import digits_arrays
+from maskgil_jax.data.errors import ImageReadError
 from maskgil_jax.evals import metrics_from_features
 from maskgil_jax.evals.frechet import Statistics
 from maskgil_jax.evaluation import extraction, job, measure
@@ -426,8 +428,41 @@ def test_pictures_that_changed_meanwhile_are_not_mixed_with_the_others(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         job.run(make_job(tmp_path / "x.json", [images]))
     (folder / "00.bmp").write_bytes((folder / "29.bmp").read_bytes())
-    with pytest.raises(ValueError, match=r"samples.sha256: .* there, .* now"):
+    work = tmp_path / ".x.json.work"
+    remedy = f"The files of samples have changed since then, .* or remove {work} to begin anew"
+    with pytest.raises(
+        ValueError,
+        match=f'samples.sha256: "[0-9a-f]{{64}}" there, "[0-9a-f]{{64}}" now\n{remedy}',
+    ):
         job.run(make_job(tmp_path / "x.json", [open_images(folder)]))
+
+
+def test_a_damaged_picture_leaves_nothing_that_refuses_the_mended_folder(tmp_path):
+    folder, names = tmp_path / "pictures", ["pictures"]
+    folder.mkdir()
+    for number, pixels in enumerate(make_pixels(30)):
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    whole = (folder / "29.png").read_bytes()
+    (folder / "29.png").write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match=r"cannot read image .*29.png"):
+        job.run(make_job(tmp_path / "x.json", [open_images(folder)]))
+    assert os.listdir(tmp_path) == names
+    (folder / "29.png").write_bytes(whole)
+    images = open_images(folder)
+    with unittest.mock.patch.object(images, "read") as read:
+        # Of the disk or the network: the same files may be read another time.
+        read.side_effect = [make_pixels(8), passing_error()]
+        with pytest.raises(ValueError, match="cannot read image"):
+            job.run(make_job(tmp_path / "x.json", [images]))
+    assert sorted(os.listdir(tmp_path)) == [".x.json.work", *names]
+    job.run(make_job(tmp_path / "x.json", [open_images(folder)]))
+    assert sorted(os.listdir(tmp_path)) == [*names, "x.json"]
+
+
+def passing_error():
+    error = ImageReadError("cannot read image a.png: Input/output error")
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    return error
 
 
 def test_what_failed_before_the_first_shard_leaves_nothing(tmp_path):
