@@ -83,7 +83,7 @@ def test_labels_per_class_and_random_ones(files):
     arguments = ["--workdir=w", "--num_images=7", "--labels=random", "--metrics=fid,is"]
     report = run(files, *arguments, out="y.json")
     assert report["protocol"]["labels"] == "random"
-    assert set(report["figures"]) == {"fid", "is", "is_std"}
+    assert set(report["figures"]) == {"fid", "is"}
 
 
 def test_a_sweep_writes_table_and_plot(files, capsys):
@@ -122,7 +122,7 @@ def test_the_inception_score_needs_no_reference(files):
     alone = run(files, *arguments, "--metrics=is", protocol="adm", reference=None)
     assert alone["reference"] == {"kind": "none", "count": None}
     beside = run(files, *arguments, "--metrics=is,fid", out="y.json")
-    assert alone["figures"] == {name: beside["figures"][name] for name in ("is", "is_std")}
+    assert alone["figures"] == {name: beside["figures"][name] for name in ("is",)}
     with pytest.raises(SystemExit, match="protocol adm needs --reference"):
         run(files, *arguments, "--metrics=is,fid", protocol="adm", reference=None, out="z.json")
 

@@ -43,7 +43,8 @@ def metrics_from_features(
     """Return the metrics of generated images from their features and those of real images.
 
     Warns (UserWarning, with the count) where a Fréchet distance is biased because a set has no
-    more images than features.
+    more images than features, and where a split of the inception score has fewer images than there
+    are classes.
 
     Args:
         generated: [m, d].
@@ -61,7 +62,7 @@ def metrics_from_features(
 
     Returns:
         A number for each name, in the order of `METRICS`, and beside `is` and `kid` their standard
-        deviation over splits or subsets, `is_std` and `kid_std`.
+        deviation over splits or subsets, `is_std` and `kid_std`, NaN if there is but one.
 
     Raises:
         ValueError: an unknown name, input that a metric needs is missing, has other counts or
@@ -90,6 +91,14 @@ def metrics_from_features(
             raise ValueError("is (inception score) needs logits of the generated images")
         logits = _as_counted("logits", logits, len(generated))
         score = inception_score(logits, split_size=split_size)
+        smallest, classes = len(logits) % split_size or split_size, logits.shape[1]
+        if smallest < classes:
+            warnings.warn(
+                f"is: a split of {smallest} images cannot score above {smallest}, though there are "
+                f"{classes} classes: the inception score may be too low; give more images",
+                FewImagesWarning,
+                stacklevel=2,
+            )
         results |= {"is": score.mean, "is_std": score.std}
     if set(MANIFOLD_METRICS) & chosen:
         manifolds = compare_manifolds(

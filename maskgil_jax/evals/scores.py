@@ -5,6 +5,8 @@ al. 2018, "Demystifying MMD GANs", section 4.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.special
@@ -16,10 +18,19 @@ from maskgil_jax.evals.features import as_features, check_same_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Mean and standard deviation (n in the denominator) over parts of the images."""
+    """Mean and standard deviation (n in the denominator) over parts of the images.
+
+    Of a single part the deviation is NaN: it is not known, and 0 would look like certainty.
+    """
 
     mean: float
     std: float
+
+    @classmethod
+    def of_values(cls, values: Sequence[float]) -> "Score":
+        """Return the score of one value for each part."""
+        std = float(np.std(values)) if len(values) > 1 else math.nan
+        return cls(mean=float(np.mean(values)), std=std)
 
 
 def inception_score(logits: Array | np.ndarray, *, split_size: int = 5000) -> Score:
@@ -47,7 +58,7 @@ def inception_score(logits: Array | np.ndarray, *, split_size: int = 5000) -> Sc
         # In logarithms throughout: a class that no image has would be 0·log 0 otherwise.
         log_marginal = scipy.special.logsumexp(log_p, axis=0) - np.log(len(part))
         scores.append(np.exp((p * (log_p - log_marginal)).sum(axis=1).mean()))
-    return Score(mean=float(np.mean(scores)), std=float(np.std(scores)))
+    return Score.of_values(scores)
 
 
 def kernel_distance(
@@ -89,7 +100,7 @@ def kernel_distance(
         within = [_kernel(z, z) for z in (x, y)]
         pairs = sum(kernel.sum() - np.trace(kernel) for kernel in within)
         values.append(pairs / (subset_size * (subset_size - 1)) - 2 * _kernel(x, y).mean())
-    return Score(mean=float(np.mean(values)), std=float(np.std(values)))
+    return Score.of_values(values)
 
 
 def _kernel(

@@ -23,7 +23,7 @@ from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.data.errors import ImageReadError
 from maskgil_jax.evaluation.extraction import extract
 from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet, describe_labels
-from maskgil_jax.evaluation.measure import check_measurable, measure
+from maskgil_jax.evaluation.measure import check_labels, check_measurable, measure
 from maskgil_jax.evaluation.nets import FeatureNet, describe_net
 from maskgil_jax.evaluation.protocols import Protocol, describe_changes
 from maskgil_jax.evaluation.references import Reference
@@ -48,7 +48,8 @@ class Evaluation:
 
     Raises:
         ValueError: if the report is no .json, the number of samples is not the protocol's, the net
-            does not take them, or they or the reference do not suffice for a metric.
+            does not take them, the protocol has not their classes, or they or the reference do not
+            suffice for a metric.
     """
 
     protocol: Protocol
@@ -67,6 +68,7 @@ class Evaluation:
         for images in self.samples:
             check_count(len(images), self.protocol)
             self.net.check_shape("samples", images.image_shape)
+            check_labels(images.labels, self.protocol)
             check_measurable(
                 self.protocol, self.net, self.reference, labelled=images.labels is not None
             )

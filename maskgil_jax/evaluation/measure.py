@@ -1,5 +1,6 @@
 """Figures of one set of samples, and what has to be said with them."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -102,6 +103,29 @@ def _check_counts(protocol: Protocol, reference: Reference) -> None:
                 )
 
 
+def check_labels(labels: np.ndarray | None, protocol: Protocol) -> None:
+    """Refuse classes that a protocol does not have, where it knows its own.
+
+    Args:
+        labels: classes of the samples, where known.
+        protocol: by which they are measured.
+
+    Raises:
+        ValueError: and names those that are wrong.
+    """
+    classes = protocol.num_classes
+    if labels is None or classes is None:
+        return
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.size:
+        named = ", ".join(map(str, np.unique(wrong)[:5]))
+        raise ValueError(
+            f"{wrong.size:,} of the {len(labels):,} samples have a class such as {named}; the "
+            f"{classes:,} classes of protocol {protocol.name} are 0 to {classes - 1}: mend the "
+            "labels, or leave them out"
+        )
+
+
 def measure(
     protocol: Protocol,
     samples: Features,
@@ -111,6 +135,8 @@ def measure(
     real: Features,
 ) -> tuple[dict[str, float], list[str]]:
     """Return the figures of a protocol by name, and notes on them.
+
+    The spread of an inception score of one split is not known and left out.
 
     Args:
         protocol: whose metrics are measured.
@@ -124,6 +150,7 @@ def measure(
         ValueError: if sets are too small for a metric, hold NaN, or the SVM has no labels.
     """
     figures: dict[str, float] = {}
+    notes: list[str] = []
     metrics = set(protocol.metrics)
     single = reference.features if reference.features is not None else real.get("pool")
     pool = reference.statistics if reference.statistics is not None else single
@@ -149,6 +176,12 @@ def measure(
                 metrics=["is"],
                 split_size=protocol.split_size,
             )
+            if math.isnan(figures["is_std"]):
+                del figures["is_std"]  # JSON has no NaN
+                notes.append(
+                    f"is: all {len(generated)} images are one split, of which the spread is not "
+                    f"known; splits have {protocol.split_size}"
+                )
         if neighbourly := [name for name in NEED_REAL_IMAGES if name in metrics]:
             figures |= metrics_from_features(
                 generated,
@@ -159,7 +192,6 @@ def measure(
                 kid_subsets=protocol.kid_subsets,
                 kid_subset_size=protocol.kid_subset_size,
             )
-    notes = []
     for warning in caught:
         if issubclass(warning.category, FewImagesWarning):
             notes.append(str(warning.message))

@@ -75,6 +75,12 @@ class Protocol:
         return METRICS
 
     @property
+    def num_classes(self) -> int | None:
+        """Classes of the images, 0 to C - 1; `None` where the reference decides."""
+        # Known by the name: a field would make finished reports those of other settings.
+        return {DIGIT_NET: 10}.get(self.net, 1000 if self.name == "adm" else None)
+
+    @property
     def features(self) -> tuple[str, ...]:
         """What the net is asked for."""
         pooled = {"fid", *NEED_REAL_IMAGES} & set(self.metrics)

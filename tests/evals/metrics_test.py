@@ -29,9 +29,10 @@ def test_the_goldens():
         {"fid": 0.01186126322409109, "precision": 1, "recall": 1}, rel=1e-6
     )
     # The logits are of 500 images.
-    score = metrics_from_features(
-        golden["b"], golden["a"], golden["logits"], metrics=["is"], split_size=50
-    )
+    with pytest.warns(UserWarning, match="is: a split of 50 images"):
+        score = metrics_from_features(
+            golden["b"], golden["a"], golden["logits"], metrics=["is"], split_size=50
+        )
     assert score == pytest.approx({"is": 4.619621332394192, "is_std": 0.4014912089685954}, rel=1e-9)
 
 
@@ -116,6 +117,15 @@ def test_a_biased_distance_is_told_with_its_count_and_returned():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics_from_features(GENERATED[:5], REAL, metrics=["precision"])
+
+
+def test_a_split_of_fewer_images_than_classes_is_told():
+    logits = draw(60, 9)
+    with pytest.warns(UserWarning, match="is: a split of 4 images cannot score above 4, .* 9 cl"):
+        metrics_from_features(GENERATED, None, logits, metrics=["is"], split_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics_from_features(GENERATED, None, logits, metrics=["is"], split_size=10)
 
 
 @pytest.mark.parametrize(

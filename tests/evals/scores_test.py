@@ -41,6 +41,13 @@ def test_the_score_is_the_exponential_of_mutual_information():
     assert score.std == pytest.approx(np.std(values), rel=1e-5)
 
 
+def test_one_part_has_no_spread():
+    logits = np.random.default_rng(0).standard_normal((20, 5))
+    assert math.isnan(inception_score(logits).std)
+    assert math.isnan(kernel_distance(logits, logits, subset_size=9, subsets=1).std)
+    assert inception_score(logits, split_size=10).std > 0
+
+
 def test_known_scores():
     certain = np.eye(8) * 1000.0  # underflows anything but logarithms
     assert inception_score(np.tile(certain, (4, 1))).mean == pytest.approx(8)
