@@ -317,22 +317,26 @@ class Progress:
         self._began = self._said
 
     def add(self, count: int) -> None:
-        """Count images that are stored."""
+        """Count images that are done."""
         now = time.monotonic()
         self._done += count
         if self._first == 0:
             self._first, self._began = self._done, now
-        if now - self._said < PROGRESS_SECONDS or self._done in (self._first, self._total):
+        if now - self._said < PROGRESS_SECONDS or self._done == self._total:
             return
         self._said = now
+        text = f"{self._label}{self._done:,} of {self._total:,} images"
+        if self._done == self._first:  # it took in what was compiled, and tells no speed
+            say(text)
+            return
         rate = (self._done - self._first) / max(now - self._began, 1e-9)
         left = (self._total - self._done) / rate
-        print(
-            f"{self._label}{self._done:,} of {self._total:,} images, {rate:.1f} images/s, "
-            f"{_in_time(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{text}, {rate:.1f} images/s, {_in_time(left)} left")
+
+
+def say(text: str) -> None:
+    """Print a line on stderr at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _in_time(seconds: float) -> str:

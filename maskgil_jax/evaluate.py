@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from maskgil_jax import compilation, generator, sharding
+from maskgil_jax import bulk, compilation, generator, sharding
 from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.evaluation import job, sweeps
 from maskgil_jax.evaluation.image_sets import GeneratedImages, ImageSet, draw_labels, open_images
@@ -109,7 +109,12 @@ def evaluate(
         FileNotFoundError: if there is no such file or model.
     """
     began = time.monotonic()
-    if (workdir is None) == (samples is None):
+    if workdir is not None and samples is not None:
+        raise ValueError(
+            f"both --workdir {workdir} and --samples {samples} are given; samples are made or "
+            "given: leave one out"
+        )
+    if workdir is None and samples is None:
         raise ValueError("give the samples: one of --workdir DIR and --samples FILE.npz or FOLDER")
     if batch_size < 1:
         raise ValueError(f"--batch_size {batch_size} must be at least 1")
@@ -133,6 +138,7 @@ def evaluate(
         )
     if num_images is not None and num_per_class is not None:
         raise ValueError("--num_images and --num_per_class exclude each other")
+    bulk.say(f"protocol {protocol}: opening {samples if workdir is None else workdir}")
     make = None
     if workdir is not None:
         make = generator.ImageGenerator.from_checkpoint(
@@ -185,14 +191,16 @@ def evaluate(
         batch_size=batch_size,
         command=command,
     )
-    report = job.run(evaluation, say=_say_notes)
+    is_finished = out.exists()  # one of other settings is an error
+    report = job.run(evaluation, say=functools.partial(_say_notes, set()))
     table = sweeps.make_table(report)
     if varied:
         write_text_atomically(out.with_suffix(".md"), table)
     if plot is not None:
         sweeps.draw(report, plot)
     print(table, end="", flush=True)
-    print(f"{out}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    if not is_finished:
+        bulk.say(f"{out}: {time.monotonic() - began:.1f} s")
     return report
 
 
@@ -212,12 +220,15 @@ def _generated(
     )
 
 
-def _say_notes(point: Mapping[str, Any]) -> None:
+def _say_notes(told: set[str], point: Mapping[str, Any]) -> None:
+    """Say the figures of a point of a sweep, and the notes that were not told before."""
     if swept := " ".join(f"{name}={value}" for name, value in point.get("swept", {}).items()):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in point["figures"].items())
-        print(f"{swept}: {figures}", file=sys.stderr, flush=True)
+        bulk.say(f"{swept}: {figures}")
     for note in point["notes"]:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        if note not in told:
+            bulk.say(f"note: {note}")
+    told.update(point["notes"])
 
 
 def _read(name: str, text: str) -> Any:

@@ -95,19 +95,28 @@ def test_a_sweep_writes_table_and_plot(files, capsys):
         {"num_steps": steps, "guidance_scale": scale} for steps in (1, 2) for scale in (1.0, 3.0)
     ]
     table = (files / "x.md").read_text()
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert table in printed.out
     assert len(table.splitlines()) == 6
+    told = printed.err.splitlines()
+    assert told[0] == "protocol val: opening w"
+    assert sum(line.startswith("note: num_images") for line in told) == 1
+    assert sum("guidance_scale=3.0: fid" in line for line in told) == 2
     assert (files / "x.png").stat().st_size > 1000
     # A point is what is measured alone.
     alone = run(files, *arguments[:3], "--num_steps=1", "--guidance_scale=3", out="y.json")
     assert alone["figures"] == report["points"][1]["figures"]
 
 
-def test_a_finished_report_of_other_settings_stays(files):
+def test_a_finished_report_of_other_settings_stays(files, capsys):
     arguments = ["--workdir=w", "--num_images=6", "--metrics=fid"]
     run(files, *arguments)
     data = (files / "x.json").read_bytes()
+    assert "x.json: " in capsys.readouterr().err
     assert run(files, *arguments) == json.loads(data)
+    told = capsys.readouterr().err
+    assert "x.json is finished already" in told
+    assert "x.json: " not in told
     with pytest.raises(SystemExit) as caught:
         run(files, *arguments, "--seed=1")
     message = str(caught.value.code)
@@ -131,7 +140,7 @@ def test_the_inception_score_needs_no_reference(files):
     ("arguments", "message"),
     [
         ([], "give the samples: one of --workdir DIR and --samples"),
-        (["--workdir=w", "--samples=s.npz"], "give the samples: one of"),
+        (["--workdir=w", "--samples=s.npz"], "both --workdir w and --samples s.npz are given"),
         (["--samples=samples.npz", "--num_steps=4"], "--num_steps is about generating"),
         (["--samples=samples.npz", "--sweep=num_steps=4"], "--sweep is about generating"),
         (["--samples=samples.npz", "--seed=0"], "--seed is about generating"),

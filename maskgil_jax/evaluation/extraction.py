@@ -7,11 +7,11 @@ whole or not at all, and its checksums are looked at before it is trusted.
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from maskgil_jax.bulk import Progress
+from maskgil_jax.bulk import Progress, say
 from maskgil_jax.evals.archives import name_damage
 from maskgil_jax.evals.features import BLOCK_ROWS
 from maskgil_jax.evals.frechet import Statistics
@@ -60,12 +60,15 @@ def extract(
             _place(found, shard, part.start, len(images))
     to_come = sum(len(part) for part in missing)
     _check_space(folder, to_come * sum(4 * net.widths[name] for name in names))
+    if missing:
+        kept = len(images) - to_come
+        before = f"kept {kept:,} of {len(images):,} from an earlier start, " if kept else ""
+        say(f"{label}{before}{to_come:,} images to come; compiling may take a minute")
     progress = Progress(to_come, label)
     for part in missing:
-        features = _compute(images, net, names, part, chunk_size)
+        features = _compute(images, net, names, part, chunk_size, progress.add)
         _store(_path(folder, part.start), features)
         _place(found, features, part.start, len(images))
-        progress.add(len(part))
     return found
 
 
@@ -142,12 +145,18 @@ def _split(count: int, chunk_size: int, net: FeatureNet) -> list[range]:
 
 
 def _compute(
-    images: ImageSet, net: FeatureNet, names: Sequence[str], part: range, chunk_size: int
+    images: ImageSet,
+    net: FeatureNet,
+    names: Sequence[str],
+    part: range,
+    chunk_size: int,
+    count: Callable[[int], None] = lambda _: None,
 ) -> dict[str, np.ndarray]:
-    chunks = [
-        images.read(first, min(first + chunk_size, part.stop))
-        for first in range(part.start, part.stop, chunk_size)
-    ]
+    """Return features of a part; `count` is told how many images were read, chunk by chunk."""
+    chunks = []
+    for first in range(part.start, part.stop, chunk_size):
+        chunks.append(images.read(first, min(first + chunk_size, part.stop)))
+        count(len(chunks[-1]))
     features = net.extract(chunks[0] if len(chunks) == 1 else np.concatenate(chunks), names)
     check_finite(features, part.start)
     return features

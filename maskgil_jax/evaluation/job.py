@@ -174,8 +174,9 @@ def run(
             report = _measure_all(evaluation, settings, say)
             text = json.dumps(report, indent=1, ensure_ascii=False)
             write_text_atomically(evaluation.out, text + "\n")
-        elif say is not None:
-            for point in report.get("points", [report]):
+        else:
+            bulk.say(f"{evaluation.out} is finished already; nothing is measured again")
+            for point in report.get("points", [report]) if say is not None else []:
                 say(point)
         _remove(evaluation.work)
     return report
@@ -228,6 +229,7 @@ def _measure_point(evaluation: Evaluation, number: int) -> dict[str, Any]:
         chunk_size=chunk_size,
         label=f"samples{label}: ",
     )
+    bulk.say(f"samples{label}: measuring {', '.join(protocol.metrics)}")
     figures, notes = measure(
         protocol, samples, images.labels, images.image_shape, evaluation.reference, real
     )
@@ -285,7 +287,10 @@ def _hold(evaluation: Evaluation) -> Iterator[None]:
     """
     work, settings = evaluation.work, evaluation.work_settings
     new_parents = [parent for parent in work.parents if not parent.exists()]
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out {evaluation.out} cannot be written: {error}") from error
     with workdir.lock(work, "--out"):
         for leftover in work.glob(f".{_SETTINGS}.*"):
             leftover.unlink()

@@ -15,7 +15,7 @@ import tiny
 from fake_evaluation import FakeImages, FakeNet, make_pixels
 from PIL import Image
 
-from maskgil_jax import workdir
+from maskgil_jax import bulk, workdir
 from maskgil_jax.data.digits import digits_arrays
 from maskgil_jax.data.errors import ImageReadError
 from maskgil_jax.evals import metrics_from_features
@@ -236,11 +236,40 @@ def test_more_classes_than_a_split_holds_are_no_error(tmp_path):
     assert any("sorted by class" in note for note in report["notes"])
 
 
-def test_a_finished_report_is_not_measured_again(tmp_path):
+def test_what_happens_is_said_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bulk, "PROGRESS_SECONDS", 0)
+    net = FakeNet(batch_size=16)  # progress is told between the chunks of a batch too
+    with pytest.raises(KeyboardInterrupt):
+        job.run(make_job(tmp_path / "x.json", [FakeImages(30, stop_at=16)], net=net))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "reference: 40 images to come; compiling may take a minute",
+        "reference: 8 of 40 images",
+    ]
+    assert lines[2].startswith("reference: 16 of 40 images, ")
+    job.run(make_job(tmp_path / "x.json", net=net))
+    assert capsys.readouterr().err.splitlines() == [
+        "samples: kept 16 of 30 from an earlier start, 14 images to come; compiling may take a "
+        "minute",
+        "samples: 8 of 14 images",
+        f"samples: measuring {', '.join(METRICS)}",
+    ]
+
+
+def test_a_folder_that_cannot_be_made_is_named_as_out(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--out .*file/x.json cannot be written: .*Not a directory"):
+        job.run(make_job(tmp_path / "file" / "x.json"))
+
+
+def test_a_finished_report_is_not_measured_again(tmp_path, capsys):
     out = tmp_path / "x.json"
     report = job.run(make_job(out))
     images, said = FakeImages(30), []
+    capsys.readouterr()
     assert job.run(make_job(out, [images]), say=said.append) == report
+    printed = f"{out} is finished already; nothing is measured again\n"
+    assert capsys.readouterr().err == printed
     assert images.reads == []
     assert said == [report]
 
