@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options["size"] is not None:
             options["size"] = parse_size(options["size"])
         if options["metrics"] is not None:
-            options["metrics"] = options["metrics"].split(",")
+            options["metrics"] = [name.strip() for name in options["metrics"].split(",")]
         command = shlex.join(["python", "-m", "maskgil_jax.evaluate", *arguments])
         evaluate(command=command, **options)
     except (ValueError, OSError) as error:

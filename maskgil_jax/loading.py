@@ -311,6 +311,13 @@ def load_text_encoder(
     )
 
 
+# For messages: the weights of FID's Inception, and where they are.
+INCEPTION_WEIGHTS = (
+    "pt_inception-2015-12-05-6726825d.pth (of the release fid_weights of "
+    "https://github.com/mseitzer/pytorch-fid), or a model directory made from it"
+)
+
+
 def load_inception(path: os.PathLike | str) -> Inception:
     """Load the InceptionV3 of FID from its published file, or from a model directory.
 
@@ -326,11 +333,7 @@ def load_inception(path: os.PathLike | str) -> Inception:
     path = pathlib.Path(path)
     family = InceptionConfig.family
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give pt_inception-2015-12-05-6726825d.pth (of the release "
-            "fid_weights of https://github.com/mseitzer/pytorch-fid), or a model directory made "
-            "from it"
-        )
+        raise FileNotFoundError(f"{path} does not exist; give {INCEPTION_WEIGHTS}")
     if path.is_dir():
         stored = checkpoints.read_model_dir(path)
         if stored.family != family:

@@ -228,7 +228,14 @@ def _check_best(metric: str, protocol: Protocol) -> None:
         return
     measured = [*protocol.metrics, *(SVM_FIGURES if SVM in protocol.metrics else ())]
     allowed = [name for name in measured if name in HIGHER_IS_BETTER | LOWER_IS_BETTER]
-    check_choice("keep_best", metric, ("", *allowed))
+    ranks = metric in HIGHER_IS_BETTER | LOWER_IS_BETTER
+    source = SVM if metric in SVM_FIGURES else metric
+    if ranks and metric not in allowed and source in protocol.allowed_metrics:
+        raise ValueError(
+            f"keep_best {metric!r} is not measured; add {source!r} to config.evaluation.metrics, "
+            f"which are {protocol.metrics}"
+        )
+    check_choice("keep_best", metric, allowed)
 
 
 class BestCheckpoint:

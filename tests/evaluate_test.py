@@ -80,7 +80,7 @@ def test_samples_of_a_run_are_those_of_the_generator(files, generator, capsys):
 
 def test_labels_per_class_and_random_ones(files):
     run(files, "--workdir=w", "--num_per_class=3", "--metrics=fid")
-    arguments = ["--workdir=w", "--num_images=7", "--labels=random", "--metrics=fid,is"]
+    arguments = ["--workdir=w", "--num_images=7", "--labels=random", "--metrics=fid, is"]
     report = run(files, *arguments, out="y.json")
     assert report["protocol"]["labels"] == "random"
     assert set(report["figures"]) == {"fid", "is"}

@@ -14,6 +14,7 @@ import maskgil_jax
 from maskgil_jax import checkpoints, evaluate, monitor
 from maskgil_jax.evals import metrics_from_features
 from maskgil_jax.evals.frechet import Statistics
+from maskgil_jax.evaluation.protocols import find_protocol
 from maskgil_jax.train import train
 from maskgil_jax.training import loop
 
@@ -295,7 +296,7 @@ BAD_VALUES = {
     "protocol": ("digit", r"config.evaluation: protocol 'digit'.*Did you mean 'digits'"),
     "metrics": (("fdi",), r"metric 'fdi' is unknown.*Did you mean 'fid'"),
     "num_images": (25, r"num_images 25 is no multiple of the model's 10 classes; give 20"),
-    "keep_best": ("precision", r"keep_best 'precision' is unknown; allowed: , fid, agreement"),
+    "keep_best": ("novelty", r"keep_best 'novelty' is unknown; allowed: fid, agreement"),
     "reference": ("x.npz", r"reference x.npz: protocol digits needs none"),
     "inception": ("x.pth", r"inception x.pth: protocol digits needs none"),
 }
@@ -309,6 +310,16 @@ def test_bad_values_are_named_before_anything_is_written(tokenizer, tmp_path, fi
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_best_by_a_figure_that_is_not_measured_names_the_metric_to_add():
+    for metrics, best, missing in ((("svm",), "is", "is"), (("fid",), "agreement", "svm")):
+        protocol = find_protocol("digits", metrics=metrics)
+        message = f"keep_best '{best}' is not measured; add '{missing}' to config.evaluation.met"
+        with pytest.raises(ValueError, match=message):
+            monitor._check_best(best, protocol)
+    with pytest.raises(ValueError, match="keep_best 'sfid' is unknown; allowed: fid"):
+        monitor._check_best("sfid", find_protocol("digits", metrics=("fid",)))
 
 
 def test_what_a_protocol_lacks_is_named(tokenizer, tmp_path):

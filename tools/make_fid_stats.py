@@ -1,4 +1,4 @@
-"""Make the reference of a protocol: statistics of the features of real images, in an `.npz`.
+r"""Make the reference of a protocol: statistics of the features of real images, in an `.npz`.
 
     python tools/make_fid_stats.py --protocol val --images imagenet/val --image_size 256 \
         --convert_to_rgb --inception pt_inception-2015-12-05-6726825d.pth --out val256.npz

@@ -75,14 +75,20 @@ class Statistics:
         same bits however they were batched. Memory: some [4096, d] and [d, d] arrays of float64.
 
         Raises:
-            ValueError: no rows, a block that is no [n, d] array of finite real numbers, or blocks
-                of different widths.
+            ValueError: no rows, a block that is no [n, d] array of finite real numbers, blocks of
+                different widths, or numbers so large that the covariance overflows.
         """
         total: Statistics | None = None
         for rows in _regroup(blocks):
-            mean = rows.mean(axis=0)
-            rows = rows - mean
-            covariance = rows.T @ rows / max(len(rows) - 1, 1)
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean = rows.mean(axis=0)
+                rows = rows - mean
+                covariance = rows.T @ rows / max(len(rows) - 1, 1)
+            if not np.isfinite(covariance).all():
+                raise ValueError(
+                    f"features up to {np.abs(rows).max():.3g} from their mean are too large: their "
+                    "covariance overflows; scale them down, those of all sets alike"
+                )
             part = cls(mean=mean, covariance=covariance, count=len(rows))
             total = part if total is None else total.merge(part)
         if total is None:

@@ -111,9 +111,14 @@ def metrics_from_features(
         )
         results |= {name: getattr(manifolds, name) for name in MANIFOLD_METRICS if name in chosen}
     if "kid" in chosen:
-        score = kernel_distance(
-            generated, _as_set("kid", real), subset_size=kid_subset_size, subsets=kid_subsets
-        )
+        real = _as_set("kid", real)
+        if min(len(generated), len(real)) < kid_subset_size:
+            raise ValueError(
+                f"kid: {len(generated)} generated and {len(real)} real features are too few for "
+                f"subsets of kid_subset_size {kid_subset_size}; give more, or a smaller "
+                "kid_subset_size, and state it with the figure"
+            )
+        score = kernel_distance(generated, real, subset_size=kid_subset_size, subsets=kid_subsets)
         results |= {"kid": score.mean, "kid_std": score.std}
     return results
 
@@ -128,10 +133,11 @@ def _choose(metrics: Sequence[str] | None, *, logits: bool, spatial: bool) -> se
         raise ValueError(f"metrics = {metrics!r}; give a list of {', '.join(METRICS)}")
     for name in metrics:
         if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)
-            raise ValueError(
-                f"unknown metric {name!r}; did you mean {near[0]!r}? There are {', '.join(METRICS)}"
-            )
+            near = difflib.get_close_matches(str(name).lower(), METRICS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown metric {name!r}; {hint}There are {', '.join(METRICS)}")
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics {', '.join(metrics)!r}: name each once")
     return set(metrics)
 
 
@@ -140,11 +146,18 @@ def _measure_frechet(name: str, generated: np.ndarray, real: Features | Statisti
         raise ValueError(f"{name} needs the features of real images, or their statistics")
     width = real.width if isinstance(real, Statistics) else as_features("real", real).shape[1]
     check_same_width(("generated", generated.shape[1]), ("real", width))
-    ours = Statistics.of_features(generated)
-    theirs = real if isinstance(real, Statistics) else Statistics.of_features(real)
+    ours = _gather(f"{name}: generated", generated)
+    theirs = real if isinstance(real, Statistics) else _gather(f"{name}: real", real)
     for note in describe_bias({"generated": ours, "real": theirs}):
         warnings.warn(f"{name}: {note}", FewImagesWarning, stacklevel=3)
     return frechet_distance(theirs, ours)
+
+
+def _gather(name: str, features: Features) -> Statistics:
+    try:
+        return Statistics.of_features(features)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _as_set(name: str, real: Features | Statistics | None) -> Features:

@@ -426,7 +426,7 @@ def list_arrays(path: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no `.npz`.
     """
-    what = f"{path} cannot be read as an .npz of arrays"
+    what = f"{path} cannot be read as an .npz of arrays; it is incomplete, or something else"
     with name_damage(what), zipfile.ZipFile(path) as archive:
         return sorted(n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy"))
 

@@ -176,8 +176,9 @@ def run(
             write_text_atomically(evaluation.out, text + "\n")
         else:
             bulk.say(f"{evaluation.out} is finished already; nothing is measured again")
-            for point in report.get("points", [report]) if say is not None else []:
-                say(point)
+            if say is not None:
+                for point in report.get("points", [report]):
+                    say(point)
         _remove(evaluation.work)
     return report
 

@@ -16,7 +16,7 @@ from maskgil_jax.evals import digit_net
 from maskgil_jax.evals.extractor import FeatureExtractor, default_batch_size, local_mesh
 from maskgil_jax.evals.inception import INPUT_SIDE, Inception
 from maskgil_jax.evaluation.protocols import DIGIT_NET, INCEPTION
-from maskgil_jax.loading import load_inception
+from maskgil_jax.loading import INCEPTION_WEIGHTS, load_inception
 from maskgil_jax.tokenizers.base import update_digest
 
 
@@ -203,7 +203,7 @@ def open_net(family: str, weights: str | os.PathLike[str] | None) -> FeatureNet:
         return DigitNet()
     if weights is None:
         raise ValueError(
-            "protocols on Inception's features need --inception: "
-            "pt_inception-2015-12-05-6726825d.pth, or a model directory made from it"
+            f"protocols on Inception's features need --inception: {INCEPTION_WEIGHTS}; "
+            "--protocol digits needs no weights"
         )
     return InceptionNet(load_inception(weights))

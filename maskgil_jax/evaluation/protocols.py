@@ -20,6 +20,10 @@ NEED_REAL_IMAGES = (*MANIFOLD_METRICS, "kid")
 HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "agreement"}
 HIGHER_IS_BETTER |= {"pixel_precision", "pixel_recall"}
 LOWER_IS_BETTER = {"fid", "sfid", "kid"}
+# Columns of a report that are no metrics, and with which one they come.
+COLUMNS = {"is_std": "is", "kid_std": "kid"} | dict.fromkeys(
+    ("agreement", "pixel_precision", "pixel_recall", "novelty", "svm_accuracy"), SVM
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class Protocol:
         check_choice("labels", self.labels, LABELS)
         check_choice("net", self.net, (INCEPTION, DIGIT_NET))
         for name in self.metrics:
-            check_choice("metric", name, self.allowed_metrics)
+            _check_metric(name, self)
         if len(set(self.metrics)) < len(self.metrics) or not self.metrics:
             raise ValueError(f"metrics {', '.join(self.metrics)!r}: name one or more, each once")
         if self.num_images < 2:
@@ -90,6 +94,22 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
         return dataclasses.asdict(self) | {"metrics": list(self.metrics)}
+
+
+def _check_metric(name: str, protocol: Protocol) -> None:
+    """Refuse a metric that is none or not of the protocol, and say how a column is asked for."""
+    allowed = protocol.allowed_metrics
+    if name in allowed:
+        return
+    if (source := COLUMNS.get(name)) in allowed:
+        raise ValueError(f"metric {name!r} comes with {source!r}: give that one")
+    if name in (*METRICS, SVM):
+        raise ValueError(
+            f"metric {name!r} is none of protocol {protocol.name}; allowed: {', '.join(allowed)}"
+        )
+    if name.lower() in allowed:  # as papers write it
+        raise ValueError(f"metric {name!r} is unknown; did you mean {name.lower()!r}?")
+    check_choice("metric", name, allowed)
 
 
 _DIGITS: dict[str, Any] = {

@@ -64,7 +64,8 @@ def make_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         rest = optax.constant_schedule(config.learning_rate)
     elif config.warmup_steps >= num_steps:
         raise ValueError(
-            f"warmup_steps {config.warmup_steps} must be less than num_steps {num_steps}"
+            f"warmup_steps {config.warmup_steps} must be less than num_steps {num_steps}: shorten "
+            "config.optimizer.warmup_steps or lengthen config.training.num_steps"
         )
     else:
         rest = optax.cosine_decay_schedule(config.learning_rate, num_steps - config.warmup_steps)

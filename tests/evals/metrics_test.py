@@ -16,6 +16,7 @@ def draw(count, width=6, seed=0):
 
 
 GENERATED, REAL = draw(60), draw(50, seed=1) + 0.3
+HUGE = np.float64(1e200)
 ALL = ["kid", "coverage", "density", "recall", "precision", "is", "sfid", "fid"]
 
 
@@ -151,7 +152,12 @@ def test_a_split_of_fewer_images_than_classes_is_told():
             {"generated_spatial": draw(60), "real_spatial": draw(49)},
             "real has 50 images, real_spatial 49",
         ),
-        ({"metrics": ["kid"]}, "too few for subsets of 1000"),
+        ({"metrics": ["kid"]}, "too few for subsets of kid_subset_size 1000"),
+        ({"metrics": ["svm"]}, "unknown metric 'svm'; There are fid, sfid"),
+        ({"metrics": ["FID"]}, "unknown metric 'FID'; did you mean 'fid'"),
+        ({"metrics": ["fid", "fid"]}, "metrics 'fid, fid': name each once"),
+        ({"generated": HUGE * GENERATED}, "fid: generated: features .*e.200 .* overflows"),
+        ({"real": HUGE * REAL}, "fid: real: features up to .*e.200 .* overflows"),
         ({"real": REAL[:3], "metrics": ["recall"]}, "real: 3 features are too few for k = 3"),
     ],
 )

@@ -91,7 +91,12 @@ def test_damage_of_an_npz_is_seen(tmp_path):
     with pytest.raises(ValueError, match="arr_0 of .* cannot be read: .*password required"):
         open_images(tmp_path / "y.npz")
     (tmp_path / "y.npz").write_bytes(data[:3000])
-    with pytest.raises(ValueError, match="cannot be read as an .npz"):
+    with pytest.raises(ValueError, match="cannot be read as an .npz .* it is incomplete"):
+        open_images(tmp_path / "y.npz")
+    central = data.index(b"PK\x01\x02")
+    data[central + 6] = 255  # the version that is needed to extract it
+    (tmp_path / "y.npz").write_bytes(data)
+    with pytest.raises(ValueError, match="cannot be read as an .npz .*version"):
         open_images(tmp_path / "y.npz")
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
         open_images(tmp_path / "z.npz")

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from maskgil_jax.evaluation.protocols import PROTOCOLS, describe_changes, find_protocol
+from maskgil_jax.evaluation.measure import SVM_FIGURES
+from maskgil_jax.evaluation.protocols import COLUMNS, PROTOCOLS, describe_changes, find_protocol
 
 
 def test_the_protocol_of_published_figures():
@@ -27,6 +28,10 @@ def test_features_are_those_that_the_metrics_need():
     assert find_protocol("digits", metrics=("svm", "recall")).features == ("pool", "pixels")
 
 
+def test_all_columns_of_the_svm_are_known_as_such():
+    assert set(SVM_FIGURES) == {name for name, source in COLUMNS.items() if source == "svm"}
+
+
 def test_what_differs_from_the_protocol_is_noted():
     assert describe_changes(find_protocol("val", metrics=("fid",))) == []
     notes = describe_changes(find_protocol("val", num_images=10_000, labels="random"))
@@ -40,8 +45,12 @@ def test_what_differs_from_the_protocol_is_noted():
     [
         ("adn", {}, "protocol 'adn' is unknown; allowed: adm, val, .* Did you mean 'adm'"),
         ("adm", {"metrics": ("fdi",)}, "metric 'fdi' is unknown; .* Did you mean 'fid'"),
-        ("adm", {"metrics": ("svm",)}, "metric 'svm' is unknown"),
-        ("digits", {"metrics": ("sfid",)}, "metric 'sfid' is unknown"),
+        ("adm", {"metrics": ("svm",)}, "metric 'svm' is none of protocol adm; allowed: fid, sfid"),
+        ("digits", {"metrics": ("sfid",)}, "metric 'sfid' is none of protocol digits"),
+        ("digits", {"metrics": ("agreement",)}, "metric 'agreement' comes with 'svm'"),
+        ("adm", {"metrics": ("agreement",)}, "metric 'agreement' is unknown"),
+        ("adm", {"metrics": ("is_std",)}, "metric 'is_std' comes with 'is'"),
+        ("adm", {"metrics": ("FID",)}, "metric 'FID' is unknown; did you mean 'fid'"),
         ("adm", {"metrics": ("fid", "fid")}, "name one or more, each once"),
         ("adm", {"metrics": ()}, "name one or more"),
         ("adm", {"labels": "sorted"}, "labels 'sorted' is unknown; allowed: balanced, random"),
