@@ -224,7 +224,7 @@ def one_empty_mask():
             lambda g: g.edit(pictures(width=18), mark((1, 1), width=18), [0, 1]),
             "16×18 pixels are not divisible by 4",
         ),
-        (lambda g: g.edit(pictures(), mark((1, 1)), [0]), r"start has shape \(2, 4, 4\); 1 labels"),
+        (lambda g: g.edit(pictures(), mark((1, 1)), [0]), r"start has shape \(2, 4, 4\); 1 images"),
         (lambda g: g.edit(pictures(), mark((1, 1)), [0, 9]), "label 9 is out of range"),
         (lambda g: g.edit(pictures(), mark((1, 1)), [0, 1], grow=-1), "grow -1 is out of range"),
         (

@@ -165,7 +165,7 @@ def test_an_earlier_step_may_turn_out_better_and_nan_never_is(watch, tmp_path):
     again = monitor.BestCheckpoint(tmp_path, watch)
     assert again.describe() == {"best_step": 6, "best_fid": 1.5}
     lines = []
-    monitor.make_hook(watch, again, lines.append, None)
+    monitor.make_hook(watch, again, lines.append, lambda name, value, step: None)
     assert lines[-1] == f"evaluation: {tmp_path / 'best'} holds the best fid so far, 1.5 of step 6"
     assert offer(again, {6: 1.4, 9: 1.6}) == [False, False]
     again.close()

@@ -5,8 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from fake_tfds import write_dataset
 from PIL import Image
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from maskgil_jax.data.errors import DatasetError, ImageReadError
 from maskgil_jax.data.tfds import TFDSCaptionSource, TFDSSource
