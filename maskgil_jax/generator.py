@@ -5,6 +5,7 @@ uint8. What runs it, batch by batch, is in `generation.py`.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
@@ -449,7 +450,13 @@ class ImageGenerator:
                 f"a model of family {model.family!r} is conditioned on captions: give prompts, a "
                 "list of texts, and no labels"
             )
-        caption = build.read_prompts(model, prompts, self.text_encoder)
+        read = functools.partial(
+            build.read_prompts,
+            model,
+            encoder=self.text_encoder,
+            batch_size=1 if self.batch_invariant else self.batch_size,
+        )
+        caption = read(prompts)
         if negative_prompt is None:
             return caption, None
         if isinstance(negative_prompt, str):
@@ -459,7 +466,7 @@ class ImageGenerator:
                 f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts; give one for "
                 "all of them, or one for each"
             )
-        return caption, build.read_prompts(model, negative_prompt, self.text_encoder)
+        return caption, read(negative_prompt)
 
     def _generate(
         self,

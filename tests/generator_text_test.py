@@ -8,6 +8,7 @@ import tiny
 
 from maskgil_jax import sample
 from maskgil_jax.sample import read_prompts
+from maskgil_jax.text.prompts import encode_bytes
 
 PROMPTS = ["a red seven", "two blue ones left of a three", "höhe"]
 
@@ -170,3 +171,39 @@ def test_the_command_line_refuses(stored, options, match):
     with pytest.raises(ValueError, match=match):
         sample.sample("run", stored / "x", **options)
     assert list(stored.iterdir()) == []
+
+
+class Counting:
+    """A text encoder that notes how many prompts come at a time."""
+
+    jittable = False
+    name, width, max_length, fingerprint = "counting", 16, 64, "0"
+
+    def __init__(self):
+        self.counts = []
+
+    def tokenize(self, prompts):
+        return encode_bytes(prompts, 64)
+
+    def encode(self, ids, lengths):
+        self.counts.append(len(ids))
+        there = np.arange(64) < lengths[:, None]
+        return np.where(there, ids / 128, 0).astype(np.float32)[..., None].repeat(16, -1)
+
+
+@pytest.mark.parametrize(("alone", "counts"), [(False, [2, 1]), (True, [1, 1, 1])])
+def test_prompts_go_through_the_encoder_in_batches_or_alone(tokenizer, alone, counts):
+    encoder = Counting()
+    generator = tiny.make_generator(
+        tokenizer,
+        "maskgil-text",
+        {"text": "features"},
+        text_encoder=encoder,
+        batch_size=2,
+        batch_invariant=alone,
+    )
+    tokens = generator.tokens(prompts=PROMPTS)
+    assert encoder.counts == counts
+    assert (tokens != generator.tokens(prompts=PROMPTS[::-1])).any()
+    with pytest.raises(ValueError, match="prompt 1 .* is longer than the 64 tokens"):
+        generator.tokens(prompts=["a", "x" * 65])

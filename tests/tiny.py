@@ -85,7 +85,9 @@ def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def make_generator(tokenizer: pathlib.Path, family: str = "maskgil", devices: int = 1, **options):
+def make_generator(
+    tokenizer: pathlib.Path, family: str = "maskgil", fields=None, *, devices: int = 1, **options
+):
     """Return a generator of 16×16 pictures whose model has random weights, the head's too."""
     import jax
     from flax import linen as nn
@@ -100,6 +102,7 @@ def make_generator(tokenizer: pathlib.Path, family: str = "maskgil", devices: in
         config.data.update(image_size=(16, 16), buckets="listed")
         config.data.bucket_sizes = ((16, 16), (16, 24))
     config.model.family = family
+    config.model.update(fields or {})
     model = build.model_config(config)
     rng = np.random.default_rng(0)
 

@@ -37,7 +37,6 @@ MODELS: dict[str, type[TokenModelConfig]] = {
     for config in (MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig)
 }
 ASSET = "asset:"
-_PROMPTS = 64  # that go through a text encoder at a time
 
 
 def find_model(family: str) -> type[TokenModelConfig]:
@@ -225,7 +224,11 @@ def check_text_encoder(config: TokenModelConfig, encoder: TextEncoder) -> None:
 
 
 def read_prompts(
-    config: MaskGILTextConfig, prompts: Sequence[str], encoder: TextEncoder | None = None
+    config: MaskGILTextConfig,
+    prompts: Sequence[str],
+    encoder: TextEncoder | None = None,
+    *,
+    batch_size: int = 64,
 ) -> Caption:
     """Turn prompts into the captions that a model reads.
 
@@ -233,6 +236,7 @@ def read_prompts(
         config: architecture of the model.
         prompts: texts, none empty.
         encoder: gives the features, for a model that reads such.
+        batch_size: prompts that go through it at a time; another number rounds differently.
 
     Raises:
         ValueError: if a prompt is empty, no text or too long, or there is no text encoder for a
@@ -250,8 +254,8 @@ def read_prompts(
     ids, lengths, cut = encoder.tokenize(check_prompts(prompts))
     _check_whole(prompts, cut, f"{encoder.max_length} tokens")
     parts = [
-        np.asarray(encoder.encode(ids[first : first + _PROMPTS], lengths[first : first + _PROMPTS]))
-        for first in range(0, len(ids), _PROMPTS)
+        np.asarray(encoder.encode(ids[rows], lengths[rows]))
+        for rows in (slice(first, first + batch_size) for first in range(0, len(ids), batch_size))
     ]
     return Caption(np.concatenate(parts), lengths)
 

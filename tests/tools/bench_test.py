@@ -393,7 +393,9 @@ def test_rows_of_the_sampler_are_ratios_of_what_they_report(row, capsys):
         ratio = ours_rate / result[f"{result['torch_layout']}_images_per_second"]
     else:
         ratio = np.divide(*(result[f"{name}_seconds"] for name in parts[row]))
-    assert result["ratio"] == pytest.approx(ratio, rel=0.5)
+    # A median of ratios beside a ratio of medians, of very short blocks: on a busy machine they
+    # differ by a factor, but not by as much as the inverse of the ratio would.
+    assert abs(np.log(result["ratio"] / ratio)) < np.log(4)
 
 
 @pytest.mark.usefixtures("quick_compilation")
