@@ -1,7 +1,8 @@
 """MaskGIL-XL from captions at 256×256 and its 25 buckets: the first of two stages.
 
-775M parameters; features of Gemma 2B as prefilling tokens, codes of Chameleon-VQ. docs/text.md says
-how to get and convert both, docs/text_data.md how to store captioned images.
+757M parameters, where the paper says 775M; features of Gemma 2B as prefilling tokens, codes of
+Chameleon-VQ. docs/text.md says how to get and convert the encoder, README.md the tokenizer, and
+docs/text_data.md how to store captioned images.
 
 Paper row: Table 4 (GenEval 0.49 overall after both stages), section 4.4.
 Hardware: not tried; 32 TPU v4 or 8 H100 are what its size asks for.
