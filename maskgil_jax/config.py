@@ -106,7 +106,8 @@ def default() -> ConfigDict:
     model.text_length = 120  # features, or bytes, that a caption may have
     model.byte_layers = 2  # blocks of the encoder of bytes
     model.byte_heads = 4
-    model.byte_patch = 4  # bytes that make one prefilling token
+    model.byte_patch = 1  # bytes that make one prefilling token
+    model.ngram_rows = 2048  # of the tables of two to five bytes in a row; 0: bytes alone
     model.null_length = 1  # tokens of the learned null caption
 
     tokenizer = config.tokenizer = ConfigDict()

@@ -21,6 +21,8 @@ from maskgil_jax.models.conditioning import Embedding
 from maskgil_jax.models.transformer import Projection, Transformer, TransformerConfig, weight_init
 
 NUM_BYTES = 256
+NGRAMS = (2, 3, 4, 5)
+_HASH_FACTOR = 1_000_003
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +39,31 @@ class Caption:
     lengths: Any
 
 
+def hash_ngrams(ids: Int[Array, "b s"], length: int, rows: int) -> Int[Array, "b s"]:
+    """Return for every byte the row, 0…rows-1, of it and the `length - 1` bytes in front of it.
+
+    Different ones may share a row. In front of the first byte stand zeros.
+    """
+    ids = ids.astype(jnp.uint32)
+    code = jnp.zeros_like(ids)
+    for back in range(length):
+        before = jnp.pad(ids, ((0, 0), (back, 0)))[:, : ids.shape[1]]
+        code = code * jnp.uint32(_HASH_FACTOR) + before + jnp.uint32(1)
+    return ((code ^ (code >> 15)) % jnp.uint32(rows)).astype(jnp.int32)
+
+
 class ByteEncoder(nn.Module):
-    """A small bidirectional transformer over the bytes of a caption, `patch` of them a feature."""
+    """A small bidirectional transformer over the bytes of a caption, `patch` of them a feature.
+
+    A byte is embedded with the two to five that end with it, so that words are told apart from the
+    first layer on.
+
+    Reference: Pagnoni et al., 2024, "Byte Latent Transformer", section 3.2.1 (hashed n-grams).
+    """
 
     config: TransformerConfig
     patch: int
+    ngram_rows: int
 
     @nn.compact
     def __call__(
@@ -51,7 +73,11 @@ class ByteEncoder(nn.Module):
         cfg = self.config
         b, s = ids.shape
         there = jnp.arange(s)[None] < lengths[:, None]
-        x = Embedding(NUM_BYTES, cfg.width, name="embed")(jnp.where(there, ids, 0))
+        ids = jnp.where(there, ids, 0)
+        x = Embedding(NUM_BYTES, cfg.width, name="embed")(ids)
+        for length in NGRAMS if self.ngram_rows else ():
+            embed = Embedding(self.ngram_rows, cfg.width, name=f"embed_{length}")
+            x += embed(hash_ngrams(ids, length, self.ngram_rows))
         table = rope_lib.rope_1d(s, cfg.head_dim)
         x = Transformer(cfg, name="transformer")(x, table, lengths=jnp.maximum(lengths, 1))
         x = jnp.where(there[..., None], x, 0)

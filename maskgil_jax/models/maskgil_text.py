@@ -42,6 +42,8 @@ class MaskGILTextConfig(TokenModelConfig, TransformerConfig):
         byte_layers: blocks of the encoder of bytes, of width `text_width`.
         byte_heads: their attention heads.
         byte_patch: bytes that make one prefilling token.
+        ngram_rows: rows of the tables in which two to five bytes in a row are looked up by their
+            hash; 0 looks up single bytes alone.
         null_length: tokens of the learned null caption.
         cond_rope: rotary rows of the caption's tokens: `identity` (cos 1, sin 0), or `zero` (both).
         rope_base: base of the rotary frequencies.
@@ -57,7 +59,8 @@ class MaskGILTextConfig(TokenModelConfig, TransformerConfig):
     text_length: int = 120
     byte_layers: int = 2
     byte_heads: int = 4
-    byte_patch: int = 4
+    byte_patch: int = 1
+    ngram_rows: int = 2048
     null_length: int = 1
     cond_rope: str = "identity"
     rope_base: float = 10000.0
@@ -72,6 +75,8 @@ class MaskGILTextConfig(TokenModelConfig, TransformerConfig):
         for name in (*counts, "null_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.ngram_rows < 0:
+            raise ValueError(f"ngram_rows {self.ngram_rows} must be at least 0")
         if not self.rope_base > 0:
             raise ValueError(f"rope_base {self.rope_base} must be more than 0")
         if not 0 <= self.embedding_dropout < 1:
@@ -197,7 +202,7 @@ class MaskGILText(nn.Module):
         cfg = self.config
         self.token_embed = Embedding(cfg.codebook_size + 1, cfg.width)
         if cfg.text == "bytes":
-            self.byte_encoder = ByteEncoder(cfg.byte_config(), cfg.byte_patch)
+            self.byte_encoder = ByteEncoder(cfg.byte_config(), cfg.byte_patch, cfg.ngram_rows)
         self.caption_embed = CaptionEmbedding(
             cfg.feature_width, cfg.width, cfg.null_length, jnp.dtype(cfg.dtype)
         )

@@ -10,7 +10,7 @@ from goldens_lib import load_golden
 
 from maskgil_jax.build import models as build
 from maskgil_jax.convert import ConversionError, export_state_dict, import_state_dict
-from maskgil_jax.models.captions import Caption
+from maskgil_jax.models.captions import NGRAMS, Caption, hash_ngrams
 from maskgil_jax.models.maskgil_text import MaskGILText, MaskGILTextConfig
 
 quick = pytest.mark.usefixtures("quick_compilation")
@@ -25,6 +25,8 @@ TINY = dict(
     text_length=12,
     byte_heads=2,
     byte_layers=1,
+    byte_patch=4,
+    ngram_rows=16,
 )
 
 
@@ -136,8 +138,9 @@ def test_without_a_condition_the_values_are_not_looked_at(text):
 
 
 @quick
-def test_any_grid_and_the_order_in_a_batch():
-    config = tiny_config(text="bytes")
+@pytest.mark.parametrize("patch", [1, 5])
+def test_any_grid_and_the_order_in_a_batch(patch):
+    config = tiny_config(text="bytes", byte_patch=patch)
     params = random_params(config)
     tokens, caption = random_inputs(config, grid=(5, 2))
     logits = logits_of(config, params, tokens, caption)
@@ -168,6 +171,7 @@ def test_all_parameters_of_the_encoder_of_bytes_learn():
     [
         ({"text": "byte"}, "text 'byte' is unknown.*'bytes'"),
         ({"text_width": 0}, "text_width 0 must be at least 1"),
+        ({"ngram_rows": -1}, "ngram_rows -1 must be at least 0"),
         ({"null_length": 13}, "null_length 13 is more than the 12"),
         ({"text": "bytes", "null_length": 4}, "null_length 4 is more than the 3"),
         ({"text": "bytes", "byte_heads": 3}, "encoder of bytes.*width 8 / num_heads 3"),
@@ -208,3 +212,31 @@ def test_configs_are_rebuilt_from_their_fields():
     config = tiny_config(text="bytes", null_length=2)
     assert MaskGILTextConfig.from_dict(config.to_dict()) == config
     assert dataclasses.replace(config, text="features") != config
+
+
+def test_ngrams_are_known_by_their_bytes_and_nothing_else():
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, 256, (50, 40)))
+    for length in NGRAMS:
+        rows = np.asarray(hash_ngrams(ids, length, 1 << 20))
+        seen = {}
+        for line, codes in zip(np.asarray(ids), rows, strict=True):
+            padded = np.concatenate([np.zeros(length - 1, int), line])
+            for place, code in enumerate(codes):
+                gram = padded[place : place + length].tobytes()
+                assert seen.setdefault(gram, code) == code
+        # By chance, a few of 2,000 share a row of a million.
+        assert len(set(seen.values())) >= len(seen) - 12
+        small = np.bincount(np.asarray(hash_ngrams(ids, length, 7)).ravel(), minlength=7)
+        assert len(small) == 7
+        assert small.min() > 0.7 * small.mean()
+
+
+@quick
+def test_single_bytes_alone_make_another_model():
+    config = tiny_config(text="bytes", ngram_rows=0)
+    params = random_params(config)
+    assert set(params["byte_encoder"]) == {"embed", "transformer"}
+    tokens, caption = random_inputs(config)
+    assert np.isfinite(logits_of(config, params, tokens, caption)).all()
+    assert "embed_5" in random_params(tiny_config(text="bytes"))["byte_encoder"]
