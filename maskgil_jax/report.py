@@ -3,7 +3,7 @@
 Calls on generation, embedded data and `evals/`; `train.py` says when.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from maskgil_jax.data.buckets import Size
 from maskgil_jax.data.canvas_captions import KINDS, heldout_prompts
 from maskgil_jax.data.canvases import COLOURS, SIZES, CanvasSource, Scene
 from maskgil_jax.data.digits import digits_arrays
-from maskgil_jax.data.transforms import to_float
+from maskgil_jax.data.transforms import PickCaption, to_float
 from maskgil_jax.evals import textures
 from maskgil_jax.evals.canvas_checker import canvas_geneval_report
 from maskgil_jax.evals.canvases import canvases_report, cut_digit
@@ -30,6 +30,7 @@ from maskgil_jax.tokenizers.base import Tokenizer
 from maskgil_jax.tokenizers.losses import codebook_usage
 
 GRID_ROWS = 8
+_EXAMPLES = 8  # captions of a dataset that samples are drawn for
 READER_CANVASES = 2000  # training canvases that the reader of digits is fitted on
 REBUILT_CANVASES = 700  # of these, that it sees as a tokenizer rebuilds them, too
 
@@ -39,6 +40,7 @@ def draw_grid(
     mesh: Mesh,
     tokenizer: Tokenizer | None,
     state: Any,
+    prompts: Sequence[str] = (),
     encoder: TextEncoder | None = None,
 ) -> np.ndarray:
     """Return samples, one class or prompt a column; of a tokenizer, images and reconstructions.
@@ -48,13 +50,12 @@ def draw_grid(
         mesh: devices to generate on.
         tokenizer: of a model's tokens; `None` if a tokenizer was trained.
         state: the training state.
+        prompts: what to show, of a run that learns from captions.
         encoder: of the prompts, for a model that reads its features.
     """
-    if build_captions.is_captioned(config) and tokenizer is not None:
-        prompts = _example_prompts(config)
-        captions = build_models.read_prompts(
-            build_models.text_model_config(config), prompts * GRID_ROWS, encoder
-        )
+    if prompts and tokenizer is not None:
+        model = build_models.text_model_config(config)
+        captions = build_models.read_prompts(model, [*prompts] * GRID_ROWS, encoder, cut=True)
         images = _generate(config, mesh, tokenizer, state, captions)
         return pictures.make_grid(images, columns=len(prompts))
     if tokenizer is not None:
@@ -252,12 +253,20 @@ def _generate(
     return generation.decode_images(tokenizer, tokens)
 
 
-def _example_prompts(config: ConfigDict) -> list[str]:
-    """Return prompts to show: held-out ones of canvases, else the first captions."""
+def example_prompts(config: ConfigDict, sources: Mapping[Size, Any]) -> list[str]:
+    """Return prompts to show while a run learns: held-out ones of canvases, else first captions.
+
+    Args:
+        config: of the run.
+        sources: its datasets; there are no prompts if they have no captions.
+    """
+    if not build_captions.is_captioned(config):
+        return []
     if config.data.name == "canvases":
         return [heldout_prompts(kind, 1, config.seed)[0][0] for kind in KINDS]
-    source = next(iter(build_data.make_sources(config).values()))
-    return [str(source[index]["caption"]) for index in range(min(len(source), 8))]
+    source, rng = next(iter(sources.values())), np.random.default_rng(config.seed)
+    records = (source[index] for index in range(min(len(source), _EXAMPLES)))
+    return [PickCaption()(record, rng)["caption"] for record in records]
 
 
 def _inference_params(state: Any) -> Any:

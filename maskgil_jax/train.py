@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorboardX
 from absl import app, flags
 from clu import parameter_overview
@@ -87,7 +88,12 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
             else build_tokenizers.make_tokenizer_task(config, mesh, perceptual)
         )
         batches = _open_batches(config, sources, tokenizer, encoder, mesh)
-        state, best = _run(config, workdir, mesh, task, batches, tokenizer, encoder, watch, begin)
+        prompts = report.example_prompts(config, sources)
+
+        def draw(state: Any) -> np.ndarray:
+            return report.draw_grid(config, mesh, tokenizer, state, prompts, encoder)
+
+        state, best = _run(config, workdir, task, batches, draw, watch, begin)
         measured = report.measure(config, mesh, tokenizer, state, encoder) | best
     measured["seconds"] = round(time.monotonic() - started, 1)
     say(json.dumps(measured))
@@ -97,11 +103,9 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
 def _run(
     config: ConfigDict,
     workdir: os.PathLike | str,
-    mesh: Mesh,
     task: build_tasks.Task,
     batches: loop.DeviceBatches,
-    tokenizer: Tokenizer | None,
-    encoder: TextEncoder | None,
+    draw: Callable[[Any], np.ndarray],
     watch: monitor.Monitor | None,
     begin: list[loading.Model | None],
 ) -> tuple[Any, dict[str, Any]]:
@@ -134,7 +138,7 @@ def _run(
                 writer.add_scalar(name, value, step)
 
         def sample(step: int, state: Any) -> None:
-            grid = report.draw_grid(config, mesh, tokenizer, state, encoder)
+            grid = draw(state)
             if jax.process_index() == 0:
                 path = os.path.join(workdir, "samples", f"{step:07}.png")
                 pictures.save_png(path, grid)

@@ -41,9 +41,7 @@ def get_config(preset: str = "recommended"):
     config.logging.sample_every = 0
     config.sampler.num_steps = 2
     if captions:
-        config.model.update(
-            family="maskgil-text", text="bytes", text_width=16, text_length=64, byte_heads=2
-        )
+        config.model.update(family="maskgil-text", text="bytes", text_width=16, text_length=64)
         config.model.num_classes = schema.default().model.num_classes
         config.model.grid_size = (16, 16)
         config.data.update(name="canvases", flip=False, image_size=(64, 64))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_text
+from PIL import Image
 from train_test import final_state, losses
 
 from maskgil_jax import ImageGenerator, checkpoints, sharding
@@ -202,7 +203,7 @@ def test_gemma_computes_on_all_devices(config, tmp_path):
 def test_captions_that_are_too_long_are_cut_and_that_is_said(config, capsys):
     config.model.text_length = 16
     batch = next(open_batches(config))
-    said = r"\d+ of the first 200 captions of 64x64 are longer than model.text_length 16"
+    said = r"\d+ of the first 100 captions of 64x64 are longer than model.text_length 16"
     assert re.search(said, capsys.readouterr().out)
     assert batch["caption"].shape == (8, 16)
     assert (batch["caption_length"] == 16).any()
@@ -221,6 +222,8 @@ def test_captions_that_are_too_long_are_cut_and_that_is_said(config, capsys):
         ({"data.bucket_sizes": ((64, 64), 3)}, "3 is no size"),
         ({"data.flip": True}, "captions of canvases would become wrong: data.flip True"),
         ({"evaluation.every_steps": 10}, "evaluation.every_steps"),
+        ({"text.hidden_layer": 3}, "text.hidden_layer 3 .* bytes have none"),
+        ({"text.dtype": "bfloat16"}, "text.dtype bfloat16 .* bytes have none"),
         ({"model.family": "maskgil"}, "'canvases' has no captions: data.buckets 'listed'"),
         ({"report.name": "digits"}, "report.name 'digits' needs data.name 'digits'"),
     ],
@@ -235,7 +238,6 @@ def test_settings_that_do_not_go_together(config, changes, match, tmp_path):
 def test_stored_tokens_are_the_same_batches(config, tokenizer, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tiny.ROOT / "tools")
     import extract_tokens
-    from PIL import Image
 
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -256,6 +258,29 @@ def test_stored_tokens_are_the_same_batches(config, tokenizer, tmp_path, monkeyp
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+    config.data.num_records = 5
+    with pytest.raises(ValueError, match="data.num_records 5 must be 0"):
+        train(config, tmp_path / "run")
+
+
+def test_pictures_with_long_captions_are_shown_while_a_run_learns(config, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for number in range(8):
+        Image.new("RGB", (70, 70), (30 * number, 0, 0)).save(folder / f"{number}.png")
+        texts = [f"picture {number}, " + "which has much to say " * 9] * 2
+        lines.append(json.dumps({"file_name": f"{number}.png", "caption": texts}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    config.data.update(name="captions", format="jsonl", path=str(folder))
+    config.data.update(buckets="none", bucket_sizes=())
+    config.training.num_steps = 1
+    opened, open_again = [], build.make_source
+    monkeypatch.setattr(build, "make_source", lambda c: opened.append(1) or open_again(c))
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "0000001.png").is_file()
+    # Headers of millions of pictures are read once, not for every grid.
+    assert opened == [1]
 
 
 def test_a_second_stage_begins_with_the_parameters_of_the_first(finished, config, tmp_path, capsys):

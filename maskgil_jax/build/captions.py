@@ -25,7 +25,7 @@ from maskgil_jax.text.prompts import encode_bytes
 
 FORMATS = ("folder", "jsonl", "webdataset", "tfds")
 DATASETS = ("captions", "canvases", "tokens")  # that have captions, tokens if extracted so
-_LOOKED_AT = 200  # captions of each bucket that are looked at before a run
+_LOOKED_AT = 200  # captions that are looked at before a run, in all buckets together
 # Fields of captions, as they must be where there are none.
 _UNUSED: dict[str, Any] = {
     "format": "",
@@ -100,6 +100,12 @@ def check_settings(config: ConfigDict) -> None:
             f"model.text {config.model.text!r} and text.encoder {config.text.encoder!r}: features "
             "need the directory of their encoder, and bytes have none"
         )
+    text = config.text
+    if config.model.text == "bytes" and (text.hidden_layer, text.dtype) != (-1, None):
+        raise ValueError(
+            f"text.hidden_layer {text.hidden_layer} and text.dtype {text.dtype} are of a text "
+            "encoder, and bytes have none; leave them at -1 and None"
+        )
     if config.evaluation.every_steps:
         raise ValueError(
             f"evaluation.every_steps {config.evaluation.every_steps}: samples of captions are not "
@@ -169,9 +175,9 @@ def describe_cut(
     """Say of every bucket in which captions are cut how many of the first ones are."""
     read, rng = make_transform(config, encoder), np.random.default_rng(0)
     tokenize, pick = read.transforms[1].tokenize, read.transforms[0]  # type: ignore[attr-defined]
-    lines = []
+    lines, most = [], -(-_LOOKED_AT // len(sources))
     for size, source in sources.items():
-        records = (source[index] for index in range(min(len(source), _LOOKED_AT)))
+        records = (source[index] for index in range(min(len(source), most)))
         captions = [pick(record, rng)["caption"] for record in records]
         if cut := int(np.sum(tokenize(captions).cut)):
             lines.append(

@@ -236,6 +236,7 @@ _NO_IMAGES: dict[str, Any] = {
     "scale_range": (1.0, 1.0),
     "max_bad_images": 0,
     "cache_tokens": False,
+    "num_records": 0,
 }
 
 

@@ -229,6 +229,7 @@ def read_prompts(
     encoder: TextEncoder | None = None,
     *,
     batch_size: int = 64,
+    cut: bool = False,
 ) -> Caption:
     """Turn prompts into the captions that a model reads.
 
@@ -237,22 +238,25 @@ def read_prompts(
         prompts: texts, none empty.
         encoder: gives the features, for a model that reads such.
         batch_size: prompts that go through it at a time; another number rounds differently.
+        cut: whether longer prompts are cut, as captions to learn from are, and not refused.
 
     Raises:
         ValueError: if a prompt is empty, no text or too long, or there is no text encoder for a
             model that needs one.
     """
     if config.text == "bytes":
-        ids, lengths, cut = encode_bytes(prompts, config.text_length)
-        _check_whole(prompts, cut, f"{config.text_length} bytes")
+        ids, lengths, lost = encode_bytes(prompts, config.text_length)
+        if not cut:
+            _check_whole(prompts, lost, f"{config.text_length} bytes")
         return Caption(ids, lengths)
     if encoder is None:
         raise ValueError(
             "the model reads features of a text encoder; name the one that it was trained with, "
             "--text_encoder or `text_encoder=`"
         )
-    ids, lengths, cut = encoder.tokenize(check_prompts(prompts))
-    _check_whole(prompts, cut, f"{encoder.max_length} tokens")
+    ids, lengths, lost = encoder.tokenize(check_prompts(prompts))
+    if not cut:
+        _check_whole(prompts, lost, f"{encoder.max_length} tokens")
     parts = [
         np.asarray(encoder.encode(ids[rows], lengths[rows]))
         for rows in (slice(first, first + batch_size) for first in range(0, len(ids), batch_size))
@@ -260,9 +264,9 @@ def read_prompts(
     return Caption(np.concatenate(parts), lengths)
 
 
-def _check_whole(prompts: Sequence[str], cut: np.ndarray, most: str) -> None:
-    if cut.any():
-        number = int(cut.argmax())
+def _check_whole(prompts: Sequence[str], lost: np.ndarray, most: str) -> None:
+    if lost.any():
+        number = int(lost.argmax())
         raise ValueError(
             f"prompt {number} {show(prompts[number])} of {len(prompts[number]):,} characters is "
             f"longer than the {most} that the model reads; shorten it"

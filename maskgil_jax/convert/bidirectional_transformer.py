@@ -7,17 +7,13 @@ Reference: valeoai/Maskgit-pytorch, `Network/transformer.py`. Its checkpoints ho
 import math
 from typing import Any
 
-import jax
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
-
 from maskgil_jax.convert.inference import SizeReader
+from maskgil_jax.convert.maskgil import abstract_tree
 from maskgil_jax.convert.rules import (
     ConversionError,
     Family,
     Rule,
     StateDict,
-    TensorLike,
     UntoldError,
 )
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
@@ -165,15 +161,6 @@ def _find_grid(count: int, grid_size: tuple[int, int] | None) -> tuple[int, int]
             f"grid_size {gh}x{gw} has {gh * gw} tokens, but pos_emb has {count} image positions"
         )
     return gh, gw
-
-
-def abstract_tree(config: BidirectionalTransformerConfig) -> dict[str, TensorLike]:
-    """Return path -> shape and dtype of every parameter, without computing any."""
-    tokens = jax.ShapeDtypeStruct((1, *config.grid_size), "int32")
-    labels = jax.ShapeDtypeStruct((1,), "int32")
-    init = config.make_module().init
-    tree = jax.eval_shape(init, jax.random.key(0), tokens, labels)["params"]
-    return flatten_dict(nn.unbox(tree), sep="/")
 
 
 FAMILY = Family(

@@ -18,7 +18,8 @@ from maskgil_jax.convert.rules import (
     TensorLike,
     UntoldError,
 )
-from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
+from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.sizes import SIZES
 
 NAME = "maskgil"
@@ -107,10 +108,29 @@ def read_heads(state: StateDict, width: int) -> int | None:
     return width // int(shape[0])
 
 
-def build_config(name: str, **fields: Any) -> MaskGILConfig:
+def read_options(
+    state: StateDict,
+    sizes: dict[str, int],
+    *,
+    num_heads: int | None,
+    qk_norm: str | None,
+    post_norm: str | None,
+) -> dict[str, Any]:
+    """Return heads and norms, as given or as the tensors tell them; see `infer_config`."""
+    heads = read_heads(state, sizes["width"]) if num_heads is None else num_heads
+    has_qk_norm = any(".attention.q_norm." in key or ".attention.k_norm." in key for key in state)
+    has_post_norm = any("_post_norm." in key for key in state)
+    return {
+        "num_heads": find_heads(sizes, heads),
+        "qk_norm": qk_norm or ("layer" if has_qk_norm else "none"),
+        "post_norm": post_norm or ("rms" if has_post_norm else "none"),
+    }
+
+
+def build_config(name: str, config_type: Any = MaskGILConfig, **fields: Any) -> Any:
     """Build the config, a refusal of which is the checkpoint's or an option's fault."""
     try:
-        return MaskGILConfig(**fields)
+        return config_type(**fields)
     except ValueError as error:
         raise ConversionError(f"these sizes and options make no {name}: {error}") from error
 
@@ -142,28 +162,25 @@ def infer_config(
     rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
     classes = read.size("number of classes", (r"cls_embedding\.embedding_table\.weight", 0))
     read.finish()
-    heads = read_heads(state, sizes["width"]) if num_heads is None else num_heads
-    has_qk_norm = any(".attention.q_norm." in key or ".attention.k_norm." in key for key in state)
-    has_post_norm = any("_post_norm." in key for key in state)
+    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
     return build_config(
         NAME,
         **sizes,
-        num_heads=find_heads(sizes, heads),
+        **options,
         codebook_size=rows - 1,
         num_classes=classes - 1,
         grid_size=grid_size,
         cond_rope=cond_rope,
-        qk_norm=qk_norm or ("layer" if has_qk_norm else "none"),
-        post_norm=post_norm or ("rms" if has_post_norm else "none"),
         **LAYOUT,
     )
 
 
-def abstract_tree(config: MaskGILConfig) -> dict[str, TensorLike]:
+def abstract_tree(config: TokenModelConfig) -> dict[str, TensorLike]:
     """Return path -> shape and dtype of every parameter, without computing any."""
     tokens = jax.ShapeDtypeStruct((1, *config.grid_size), "int32")
-    labels = jax.ShapeDtypeStruct((1,), "int32")
-    tree = jax.eval_shape(MaskGIL(config).init, jax.random.key(0), tokens, labels)["params"]
+    condition = jax.eval_shape(config.example_condition)
+    init = config.make_module().init
+    tree = jax.eval_shape(init, jax.random.key(0), tokens, condition)["params"]
     return flatten_dict(nn.unbox(tree), sep="/")
 
 

@@ -1,14 +1,16 @@
 """MaskGIL with captions, under the key names of LlamaGen's text models (`model_type="t2i"`)."""
 
-from typing import Any
+import dataclasses
 
-import jax
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
-
+from maskgil_jax.convert import maskgil
 from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.maskgil import TRANSFORMER_RULES, find_heads, read_heads, read_transformer
-from maskgil_jax.convert.rules import ConversionError, Family, Rule, StateDict, TensorLike
+from maskgil_jax.convert.maskgil import (
+    TRANSFORMER_RULES,
+    build_config,
+    read_options,
+    read_transformer,
+)
+from maskgil_jax.convert.rules import Rule, StateDict
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 
 NAME = "maskgil-text"
@@ -50,48 +52,28 @@ def infer_config(
         (rf"{_CAPTION}\.cap_proj\.fc1\.weight", 1),
     )
     read.finish()
-    heads = read_heads(state, sizes["width"]) if num_heads is None else num_heads
-    has_qk_norm = any(".attention.q_norm." in key or ".attention.k_norm." in key for key in state)
-    has_post_norm = any("_post_norm." in key for key in state)
-    fields: dict[str, Any] = {
+    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
+    return build_config(
+        NAME,
+        MaskGILTextConfig,
         **sizes,
-        "num_heads": find_heads(sizes, heads),
-        "codebook_size": rows - 1,
-        "text_width": width,
-        "text_length": length,
-        "null_length": length,
-        "grid_size": grid_size,
-        "cond_rope": cond_rope,
-        "qk_norm": qk_norm or ("layer" if has_qk_norm else "none"),
-        "post_norm": post_norm or ("rms" if has_post_norm else "none"),
+        **options,
+        codebook_size=rows - 1,
+        text_width=width,
+        text_length=length,
+        null_length=length,
+        grid_size=grid_size,
+        cond_rope=cond_rope,
         **LAYOUT,
-    }
-    try:
-        return MaskGILTextConfig(**fields)
-    except ValueError as error:
-        raise ConversionError(f"these sizes and options make no {NAME}: {error}") from error
+    )
 
 
-def abstract_tree(config: MaskGILTextConfig) -> dict[str, TensorLike]:
-    """Return path -> shape and dtype of every parameter, without computing any."""
-    tokens = jax.ShapeDtypeStruct((1, *config.grid_size), "int32")
-    condition = jax.eval_shape(config.example_condition)
-    init = config.make_module().init
-    tree = jax.eval_shape(init, jax.random.key(0), tokens, condition)["params"]
-    return flatten_dict(nn.unbox(tree), sep="/")
-
-
-FAMILY = Family(
+FAMILY = dataclasses.replace(
+    maskgil.FAMILY,
     name=NAME,
-    kind="model",
     architecture="maskgil-text",
     rules=RULES,
     infer_config=infer_config,
-    abstract_tree=abstract_tree,
     config_type=MaskGILTextConfig,
-    options=("num_heads", "grid_size", "cond_rope", "qk_norm", "post_norm"),
     layout=LAYOUT,
-    wrappers=("ema", "model", "state_dict"),
-    export_wrapper="model",
-    dropped={"freqs_cis": None, "causal_mask": None},
 )

@@ -86,10 +86,7 @@ class TFDSSource:
         return f"TFDSSource({self.name!r}, {str(self._folder)!r}, {len(self)} images)"
 
     def _read(self, index: int) -> Record:
-        try:
-            record = self._records[index]
-        except RuntimeError as error:  # a checksum of the file does not fit
-            raise ImageReadError(f"damaged record: {error}") from error
+        record = _read_record(self._records, index)
         image_key, label_key = self._keys
         label = np.asarray(record[label_key], np.int32)
         if not 0 <= label < self.num_classes:  # TFDS marks unlabelled test images with -1
@@ -155,7 +152,8 @@ class TFDSCaptionSource:
     def image_size(self, index: SupportsIndex) -> tuple[int, int]:
         """Return height and width of an image, or of the one that stands in, from its header."""
         return self._reader.apply(
-            lambda i: read_size(self._read_record(i)[self._image_key], upright=True), index
+            lambda i: read_size(_read_record(self._records, i)[self._image_key], upright=True),
+            index,
         )
 
     def __len__(self) -> int:
@@ -167,14 +165,8 @@ class TFDSCaptionSource:
     def __repr__(self) -> str:
         return f"TFDSCaptionSource({self.name!r}, {str(self._folder)!r}, {len(self)} images)"
 
-    def _read_record(self, index: int) -> Any:
-        try:
-            return self._records[index]
-        except RuntimeError as error:  # a checksum of the file does not fit
-            raise ImageReadError(f"damaged record: {error}") from error
-
     def _read(self, index: int) -> Record:
-        record = self._read_record(index)
+        record = _read_record(self._records, index)
         value = record
         for part in self._caption_path:
             value = value[part]
@@ -193,6 +185,13 @@ class TFDSCaptionSource:
             )
         image = decode_rgb(record[self._image_key], upright=True)
         return {"image": image, "caption": as_field(texts)}
+
+
+def _read_record(records: Any, index: int) -> Any:
+    try:
+        return records[index]
+    except RuntimeError as error:  # a checksum of the file does not fit
+        raise ImageReadError(f"damaged record: {error}") from error
 
 
 def _check_image_feature(features: Mapping[str, Any], image_key: str) -> None:

@@ -24,6 +24,7 @@ from maskgil_jax.models.conditioning import Embedding, check_range
 from maskgil_jax.models.maskgil import Head, stack_config
 from maskgil_jax.models.transformer import Transformer, TransformerConfig, check_choices
 
+_BYTE_FIELDS = ("byte_layers", "byte_heads", "byte_patch", "ngram_rows")
 _CHOICES = {
     "text": ("features", "bytes"),
     "cond_rope": ("identity", "zero"),
@@ -92,6 +93,13 @@ class MaskGILTextConfig(TokenModelConfig, TransformerConfig):
             )
         if self.text == "bytes":
             self.byte_config()
+            return
+        for field in dataclasses.fields(self):
+            if field.name in _BYTE_FIELDS and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} {getattr(self, field.name)} has no meaning with text "
+                    f"'features'; leave it at {field.default}"
+                )
 
     @property
     def num_prefill(self) -> int:

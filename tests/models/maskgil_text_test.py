@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import jax
@@ -23,15 +22,13 @@ TINY = dict(
     grid_size=(3, 4),
     text_width=8,
     text_length=12,
-    byte_heads=2,
-    byte_layers=1,
-    byte_patch=4,
-    ngram_rows=16,
 )
+BYTES = dict(byte_heads=2, byte_layers=1, byte_patch=4, ngram_rows=16)
 
 
 def tiny_config(**changes):
-    return MaskGILTextConfig(**TINY | changes)
+    reads_bytes = BYTES if changes.get("text") == "bytes" else {}
+    return MaskGILTextConfig(**TINY | reads_bytes | changes)
 
 
 @functools.cache
@@ -171,6 +168,8 @@ def test_all_parameters_of_the_encoder_of_bytes_learn():
     [
         ({"text": "byte"}, "text 'byte' is unknown.*'bytes'"),
         ({"text_width": 0}, "text_width 0 must be at least 1"),
+        ({"ngram_rows": 16}, "ngram_rows 16 has no meaning with text 'features'; leave it at 2048"),
+        ({"byte_patch": 4}, "byte_patch 4 has no meaning"),
         ({"ngram_rows": -1}, "ngram_rows -1 must be at least 0"),
         ({"null_length": 13}, "null_length 13 is more than the 12"),
         ({"text": "bytes", "null_length": 4}, "null_length 4 is more than the 3"),
@@ -211,7 +210,7 @@ def test_conditions_that_are_no_captions():
 def test_configs_are_rebuilt_from_their_fields():
     config = tiny_config(text="bytes", null_length=2)
     assert MaskGILTextConfig.from_dict(config.to_dict()) == config
-    assert dataclasses.replace(config, text="features") != config
+    assert tiny_config(text="bytes", null_length=1) != config
 
 
 def test_ngrams_are_known_by_their_bytes_and_nothing_else():
