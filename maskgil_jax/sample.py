@@ -31,6 +31,7 @@ import numpy as np
 from absl import app, flags
 
 from maskgil_jax import bulk, checkpoints, cli, compilation, loading, masking, pictures, sharding
+from maskgil_jax.asked import Asked, parse_labels, read_prompts
 from maskgil_jax.build.sizes import check_size
 from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
@@ -38,10 +39,7 @@ from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
 from maskgil_jax.generation import padded_size
 from maskgil_jax.generator import ImageGenerator
-from maskgil_jax.models import conditioning
-from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.photo_edit import Edit, read_edit
-from maskgil_jax.text.prompts import check_prompts
 
 MAX_ROW = 8
 _PROMPTS_NAME = "prompts.txt"
@@ -190,7 +188,7 @@ def sample(
     )
     height, width = find_size(generator, size, edit)
     config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
-    asked = _Asked.read(
+    asked = Asked.read(
         model,
         labels=labels,
         num_per_class=num_per_class,
@@ -260,90 +258,6 @@ def sample(
         f"{config.guidance_schedule} guidance {config.guidance_scale:g}, "
         f"temperature {config.temperature:g}, Gumbel {config.gumbel_temperature:g}, seed {seed}"
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What is to be on the images: classes, or prompts by their number.
-
-    Attributes:
-        choices: classes, or 0…n-1 for n prompts.
-        num_per_choice: images of each.
-        prompts: the texts; none for a class-conditional model.
-        negative_prompt: what guidance leads away from.
-    """
-
-    choices: np.ndarray
-    num_per_choice: int
-    prompts: tuple[str, ...] = ()
-    negative_prompt: str | None = None
-
-    @classmethod
-    def read(
-        cls,
-        model: loading.Model,
-        *,
-        labels: Sequence[int] | None,
-        num_per_class: int,
-        prompts: Sequence[str] | None,
-        negative_prompt: str | None,
-        num_per_prompt: int,
-        records: bool,
-    ) -> "_Asked":
-        """Check that it suits the model."""
-        if isinstance(model.config, MaskGILTextConfig):
-            if labels is not None or num_per_class != 1:
-                raise ValueError(
-                    "the model is conditioned on captions; give --prompt and --num_per_prompt, not "
-                    "--labels and --num_per_class"
-                )
-            if not prompts or num_per_prompt < 1:
-                raise ValueError("there are no prompts; give --prompt or --prompts_file")
-            if records:
-                raise ValueError("--records are codes with classes, which this model has not")
-            return cls(
-                choices=np.arange(len(prompts)),
-                num_per_choice=num_per_prompt,
-                prompts=tuple(check_prompts(prompts)),
-                negative_prompt=negative_prompt,
-            )
-        if prompts or negative_prompt is not None or num_per_prompt != 1:
-            raise ValueError("the model is conditioned on classes; give --labels, no prompts")
-        classes = np.arange(model.num_classes) if labels is None else np.asarray(labels)
-        if not len(classes) or num_per_class < 1:
-            raise ValueError(
-                "there are no labels; give one or more, and --num_per_class of at least 1"
-            )
-        # No training data has the label for "no condition".
-        conditioning.check_range("label", classes, model.num_classes + (not records))
-        return cls(choices=classes, num_per_choice=num_per_class)
-
-    @property
-    def image_labels(self) -> np.ndarray:
-        """The class, or the number of the prompt, of every image."""
-        return np.repeat(self.choices.astype(np.int32), self.num_per_choice)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that the images depend on, for JSON."""
-        if not self.prompts:
-            return {"labels": self.choices.tolist(), "num_per_class": self.num_per_choice}
-        return {
-            "prompts": list(self.prompts),
-            "negative_prompt": self.negative_prompt,
-            "num_per_prompt": self.num_per_choice,
-        }
-
-    def bind(self, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        """Return a method of the generator as a function of labels, or of numbers of prompts."""
-
-        def call(labels: np.ndarray, **options: Any) -> np.ndarray:
-            if not self.prompts:
-                return function(labels=labels, **options)
-            prompts = [self.prompts[label] for label in labels]
-            return function(prompts=prompts, negative_prompt=self.negative_prompt, **options)
-
-        return call
 
 
 def describe_records(
@@ -443,19 +357,6 @@ def _write_grid(path: pathlib.Path, images: np.ndarray, num_per_class: int, *, b
     pictures.save_png(path, pictures.make_grid(images, columns=columns))
 
 
-def parse_labels(text: str) -> list[int]:
-    """Read classes separated by commas.
-
-    Raises:
-        ValueError: if one of them is not a whole number.
-    """
-    items = [item.strip() for item in text.split(",")]
-    for item in items:
-        if not item.isdecimal():
-            raise ValueError(f"--labels {text!r}: {item!r} is no class; write numbers: 3,1,4")
-    return [int(item) for item in items]
-
-
 def parse_outpaint(text: str) -> tuple[int, int, int, int]:
     """Read four numbers separated by commas.
 
@@ -469,30 +370,6 @@ def parse_outpaint(text: str) -> tuple[int, int, int, int]:
         )
     top, bottom, left, right = map(int, items)
     return top, bottom, left, right
-
-
-def read_prompts(path: os.PathLike | str) -> list[str]:
-    """Read the prompts of a file, one on every line.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no UTF-8, empty, or has an empty line; the line is named.
-    """
-    lines = pathlib.Path(path).read_bytes().splitlines()
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: byte {error.start + 1} is no UTF-8; save it as UTF-8"
-            ) from error
-        if not text:
-            raise ValueError(f"{path}, line {number} is empty; every line is a prompt")
-        prompts.append(text)
-    if not prompts:
-        raise ValueError(f"{path} is empty; write a prompt on every line")
-    return prompts
 
 
 def run() -> None:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from maskgil_jax import sample
-from maskgil_jax.sample import read_prompts
+from maskgil_jax.asked import read_prompts
 from maskgil_jax.text.prompts import encode_bytes
 
 PROMPTS = ["a red seven", "two blue ones left of a three", "höhe"]

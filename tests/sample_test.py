@@ -19,13 +19,14 @@ from PIL import Image
 
 from maskgil_jax import ImageGenerator, SamplerConfig, checkpoints, load_model, pictures, sharding
 from maskgil_jax import config as schema
+from maskgil_jax.asked import parse_labels
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build
 from maskgil_jax.cli import parse_size
 from maskgil_jax.data.token_records import TokenRecordSource
 from maskgil_jax.models.base import ClassModelConfig
 from maskgil_jax.photo_edit import Edit
-from maskgil_jax.sample import describe_records, parse_labels, parse_outpaint, sample
+from maskgil_jax.sample import describe_records, parse_outpaint, sample
 from maskgil_jax.tokenizers.base import Tokenizer
 from maskgil_jax.train import _open_batches, _open_tokenizer
 from maskgil_jax.workdir import claim_workdir

@@ -23,6 +23,7 @@ ROOMS = {
     "bulk": {"stores", "data.token_dataset", "processes", "workdir", "checkpoints"},
     "stores": {"pictures", "data", "checkpoints"},
     "photo_edit": {"generator", "data"},
+    "asked": {"loading", "models", "text"},
     "training": {"masking"},
     "decoding": {"masking"},
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints", "hub"},
