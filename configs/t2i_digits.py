@@ -43,7 +43,7 @@ def get_config(preset: str = "recommended"):
     config.data.num_records = 8000 if cpu else 0
 
     config.training.batch_size = 64 if cpu else 256
-    config.training.num_steps = 2600 if cpu else 12_000
+    config.training.num_steps = 2800 if cpu else 12_000
     config.training.ema_decay = 0.995
     config.training.label_smoothing = 0.0
     config.optimizer.learning_rate = 2e-3 if cpu else 1e-3

@@ -31,6 +31,7 @@ from maskgil_jax import (
     cli,
     hub,
     loading,
+    memory,
     monitor,
     pictures,
     processes,
@@ -348,6 +349,7 @@ def _resolve(config: ConfigDict) -> ConfigDict:
 def main(argv: list[str]) -> None:
     """Join the other processes and train."""
     cli.start(argv)
+    memory.keep_freed_memory()
     cli.join_processes()
     cli.exit_on_user_error(
         lambda: train(_CONFIG.value, cli.WORKDIR.value), loop.NonFiniteError, ImportError

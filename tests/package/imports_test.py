@@ -12,7 +12,7 @@ PACKAGE = ROOT / "maskgil_jax"
 
 COMMANDS = ("train", "sample", "evaluate", "app")
 FOUNDATIONS = {"config", "masking", "sharding", "checkpoints", "pictures", "cli"}
-FOUNDATIONS |= {"editing", "compilation", "processes"}
+FOUNDATIONS |= {"editing", "compilation", "processes", "memory"}
 ROOMS = {
     "assets": set(),
     **{name: set() for name in FOUNDATIONS},
