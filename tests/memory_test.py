@@ -51,7 +51,9 @@ def test_memory_is_taken_from_the_system_once(pages_given_back):
 
 
 @pytest.mark.parametrize(
-    "environment", [{"MALLOC_ARENA_MAX": "2"}, {"JAX_PLATFORMS": "cuda,cpu"}], ids=["settings", "devices"]
+    "environment",
+    [{"MALLOC_ARENA_MAX": "2"}, {"JAX_PLATFORMS": "cuda,cpu"}],
+    ids=["settings", "devices"],
 )
 def test_other_settings_and_other_devices_are_left_alone(environment, pages_given_back):
     kept, pages = run("kept = memory.keep_freed_memory()", **environment)
