@@ -73,10 +73,10 @@ def default() -> ConfigDict:
     config.init_from = ""
     config.seed = 0  # seed of parameters, data order, masks and dropout
 
-    # See MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig.
+    # See MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig, LlamaGenConfig.
     model = config.model = ConfigDict()
     # maskgil (the Bidirectional LLaMA, of classes) | maskgil-text (the same, of captions) |
-    # bidirectional-transformer
+    # bidirectional-transformer | llamagen (causal, of classes)
     model.family = "maskgil"
     model.num_layers = 12
     model.width = 768
@@ -212,13 +212,14 @@ def default() -> ConfigDict:
     logging.checkpoint_every = 5_000  # updates between checkpoints
     logging.keep_checkpoints = 2
 
-    sampler = config.sampler = ConfigDict()  # see SamplerConfig
+    sampler = config.sampler = ConfigDict()  # see SamplerConfig; AutoregressiveConfig if causal
     sampler.num_steps = 8
     sampler.schedule = "arccos"  # root | linear | cosine | square | arccos
     sampler.schedule_form = "increments"  # increments | mask_ratio
     sampler.rescale = True  # scale the schedule to the tokens unknown at the start
     sampler.guidance_scale = 2.0  # 1 is no guidance
     sampler.guidance_schedule = "linear"  # constant | linear | power_cosine
+    sampler.guided_tokens = 0  # of a causal model: guidance of so many tokens only; 0: of all
     sampler.guidance_power = 1.0
     sampler.guidance_start = 0.0  # guided from this share of the steps on …
     sampler.guidance_stop = 1.0  # … and up to this one

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=64, help="images at a time")
     add("--size", help="HxW of samples of a run in pixels; default: as trained")
     add("--tokenizer", help="tokenizer to use instead of the run's")
+    add("--ar_checkpoint", help="run or model directory of a causal model that begins every image")
     add("--image_size", type=int, help="side to which pictures of folders are cropped")
     add("--convert_to_rgb", action="store_true", help="take grey, CMYK and transparent files")
     add("--out", required=True, type=pathlib.Path, help="report to write, FILE.json")
@@ -91,6 +92,7 @@ def evaluate(
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
     tokenizer: str | None = None,
+    ar_checkpoint: str | None = None,
     image_size: int | None = None,
     convert_to_rgb: bool = False,
     sweep: Sequence[str] = (),
@@ -100,8 +102,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure, write the report, its table and plot, and return the report.
 
-    The arguments are those of the command line; `sampler` are fields of `SamplerConfig`, of which
-    `None` means no change.
+    The arguments are those of the command line; `sampler` are fields of `SamplerConfig`, or of
+    `AutoregressiveConfig` for a causal model, and `ar_share` and with `ar_` in front fields of the
+    latter for `ar_checkpoint`; `None` means no change.
 
     Raises:
         ValueError: if a setting is not allowed, files are damaged or do not fit the protocol, or
@@ -130,6 +133,7 @@ def evaluate(
         "seed": seed,
         "size": size,
         "tokenizer": tokenizer,
+        "ar_checkpoint": ar_checkpoint,
     }
     if samples is not None and (names := [n for n, v in made_only.items() if v is not None]):
         raise ValueError(
@@ -144,6 +148,7 @@ def evaluate(
         make = generator.ImageGenerator.from_checkpoint(
             workdir,
             tokenizer=tokenizer,
+            ar_checkpoint=ar_checkpoint,
             batch_size=batch_size,
             mesh=sharding.make_mesh({"data": -1}),
         )

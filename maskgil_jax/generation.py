@@ -18,7 +18,8 @@ from jaxtyping import Int, UInt8
 
 from maskgil_jax import sharding
 from maskgil_jax.build import models as build
-from maskgil_jax.decoding import masked, prediction
+from maskgil_jax.decoding import fusion, masked, prediction
+from maskgil_jax.decoding.autoregressive import AutoregressiveConfig, AutoregressiveProgram
 from maskgil_jax.decoding.sampler import Program, SamplerConfig
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.conditioning import check_range
@@ -59,33 +60,71 @@ class Generation:
     trace: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A causal model that draws the first tokens of every image.
+
+    Attributes:
+        model: architecture.
+        params: its parameters.
+        sampler: settings of its decoder.
+        count: tokens that it draws, 1 to all.
+        condition: what the images show, as it takes it.
+        null_condition: what guidance leads away from; the model's "no condition" if `None`.
+    """
+
+    model: TokenModelConfig
+    params: Any
+    sampler: AutoregressiveConfig
+    count: int
+    condition: Any
+    null_condition: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftProgram:
+    """What shapes the computation of a draft; see `Draft`."""
+
+    model: TokenModelConfig
+    program: AutoregressiveProgram
+    count: int
+
+
 @functools.lru_cache(maxsize=64)
 def make_generate_fn(
     model: TokenModelConfig,
-    program: Program,
+    program: Program | None,
     mesh: Mesh,
     grid_size: tuple[int, int] | None = None,
     *,
+    draft: DraftProgram | None = None,
     tokenizer: TokenizerConfig | None = None,
     return_trace: bool = False,
     batch_invariant: bool = False,
 ):
     """Return the jitted `(params, tokenizer_params, batch) → (tokens [b l], trace, pixels)`.
 
-    Of the batch the null condition is filled in. The trace is int32 [t b l]. Pixels are uint8
-    [b H W c] and, of every image, whether they were finite numbers; `None` without a tokenizer. The
-    batch is split over the mesh's data axes; every process receives all results.
+    The parameters are those of the model and of the draft's. Of the batch, a `masked.Batch` and a
+    `fusion.Draft` or `None`, null conditions are filled in. The trace is int32 [t b l]. Pixels are
+    uint8 [b H W c] and, of every image, whether they were finite numbers; `None` without a
+    tokenizer. The batch is split over the mesh's data axes; every process receives all results.
+
+    With `program` `None` nothing is left to the model: the draft draws all tokens.
 
     With `batch_invariant` every image is computed alone. The function then has a fourth argument,
     the number of images that are wanted: those behind them are padding, and left out.
     """
     spread = _make_spreader(mesh, batch_invariant)
+    draw_first = _make_draft_fn(model, draft, grid_size)
 
     def decode(whole, rows):
-        params, common = whole
+        (params, draft_params), common = whole
+        batch = draw_first(draft_params, *_put_together(model, draft, common, rows))
+        if program is None:
+            return batch.tokens, None
         tokens, trace = masked.decode_batch(
             build.make_predictor(model, params, grid_size),
-            _put_together(model, common, rows),
+            batch,
             program,
             mask_token_id=model.mask_token_id,
             grid_size=grid_size or model.grid_size,
@@ -102,6 +141,56 @@ def make_generate_fn(
             return tokens, trace, None
         decode_pixels = _make_pixel_fn(tokenizer, grid_size or model.grid_size)
         return tokens, trace, spread(decode_pixels, tokenizer_params, tokens, *count)
+
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def _make_draft_fn(
+    model: TokenModelConfig, draft: DraftProgram | None, grid_size: tuple[int, int] | None
+) -> Callable[..., masked.Batch]:
+    """Return `(params, batch, given) → batch`, with the first tokens drawn if there is a draft."""
+    if draft is None:
+        return lambda params, batch, given: batch
+
+    def draw_first(params, batch, given):
+        tokens = fusion.draw_first(
+            build.make_causal_predictor(draft.model, params, grid_size or model.grid_size),
+            given,
+            batch.tokens,
+            batch.rngs,
+            draft.program,
+            count=draft.count,
+            mask_token_id=model.mask_token_id,
+        )
+        return dataclasses.replace(batch, tokens=tokens)
+
+    return draw_first
+
+
+@functools.lru_cache(maxsize=64)
+def make_draft_fn(
+    model: TokenModelConfig,
+    draft: DraftProgram,
+    mesh: Mesh,
+    grid_size: tuple[int, int] | None = None,
+    *,
+    batch_invariant: bool = False,
+):
+    """Return the jitted `(draft_params, batch) → tokens [b l]`, the first of them drawn.
+
+    With `batch_invariant` the number of images that are wanted is a third argument, as in
+    `make_generate_fn`.
+    """
+    spread = _make_spreader(mesh, batch_invariant)
+    draw_first = _make_draft_fn(model, draft, grid_size)
+
+    def draw(whole, rows):
+        params, common = whole
+        return draw_first(params, *_put_together(model, draft, common, rows)).tokens
+
+    def run(params, batch, *count):
+        common, rows = _take_apart(batch, mesh)
+        return spread(draw, (params, common), rows, *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 
@@ -134,7 +223,7 @@ def make_step_fn(
         batch_rows, state = rows
         take = masked.make_step(
             build.make_predictor(model, params, grid_size),
-            _put_together(model, common, batch_rows),
+            _put_together(model, None, common, batch_rows)[0],
             program,
             mask_token_id=model.mask_token_id,
             grid_size=grid_size or model.grid_size,
@@ -143,7 +232,7 @@ def make_step_fn(
         return take(i, state)
 
     def run(params, batch, i, state, *count):
-        common, rows = _take_apart(batch, mesh)
+        common, rows = _take_apart((batch, None), mesh)
         return spread(step, (params, common, i), (rows, state), *count)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
@@ -181,27 +270,44 @@ def _make_spreader(mesh: Mesh, batch_invariant: bool) -> Callable[..., Any]:
     return lambda function, whole, rows: function(whole, rows)
 
 
-def _take_apart(batch: masked.Batch, mesh: Mesh) -> tuple[Any, Any]:
+def _take_apart(given: tuple[masked.Batch, fusion.Draft | None], mesh: Mesh) -> tuple[Any, Any]:
     """Return what the images of a batch have in common, and what each has of its own, split."""
+    batch, draft = given
     split = functools.partial(
         jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh)
     )
-    conditions = split((batch.condition, batch.null_condition))
-    rows = (split(batch.tokens), conditions, batch.rngs, batch.plan.counts)
-    return (dataclasses.replace(batch.plan, counts=None), batch.shared), rows
+    conditions = [(batch.condition, batch.null_condition)]
+    if draft is not None:
+        conditions.append((draft.condition, draft.null_condition))
+    counts, plan = None, batch.plan
+    if plan is not None:
+        counts, plan = plan.counts, dataclasses.replace(plan, counts=None)
+    rows = (split(batch.tokens), split(conditions), batch.rngs, counts)
+    return (plan, batch.shared, None if draft is None else draft.plan), rows
 
 
-def _put_together(model: TokenModelConfig, common: Any, rows: Any) -> masked.Batch:
-    """Return the batch, or some of its images, with the model's null condition if none is given."""
-    (plan, shared), (tokens, (condition, null), rngs, counts) = common, rows
-    return masked.Batch(
+def _put_together(
+    model: TokenModelConfig, draft: DraftProgram | None, common: Any, rows: Any
+) -> tuple[masked.Batch, fusion.Draft | None]:
+    """Return a batch and draft, or some images', with null conditions where none is given."""
+    (plan, shared, draft_plan), (tokens, conditions, rngs, counts) = common, rows
+
+    def fill(config, condition, null):
+        return condition, config.null_condition(condition) if null is None else null
+
+    condition, null = fill(model, *conditions[0])
+    batch = masked.Batch(
         tokens=tokens,
         condition=condition,
-        null_condition=model.null_condition(condition) if null is None else null,
+        null_condition=null,
         rngs=rngs,
-        plan=dataclasses.replace(plan, counts=counts),
+        plan=plan if plan is None else dataclasses.replace(plan, counts=counts),
         shared=shared,
     )
+    if draft is None:
+        return batch, None
+    condition, null = fill(draft.model, *conditions[1])
+    return batch, fusion.Draft(condition=condition, null_condition=null, plan=draft_plan)
 
 
 def _decode_pixels(
@@ -220,7 +326,7 @@ def _make_pixel_fn(tokenizer: TokenizerConfig, grid_size: tuple[int, int]) -> Ca
 def make_image_fn(
     model: TokenModelConfig,
     tokenizer: TokenizerConfig,
-    sampler: SamplerConfig,
+    sampler: SamplerConfig | AutoregressiveConfig,
     grid_size: tuple[int, int] | None = None,
 ) -> Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Return labels to pixels as one pure function, to be exported as one program.
@@ -240,22 +346,31 @@ def make_image_fn(
     """
     gh, gw = grid_size or model.grid_size
 
-    def run(params, tokenizer_params, labels, rngs):
+    def draw(params, labels, rngs):
+        tokens = jnp.full((labels.shape[0], gh * gw), model.mask_token_id, jnp.int32)
+        conditions = {"condition": labels, "null_condition": model.null_condition(labels)}
+        if isinstance(sampler, AutoregressiveConfig):
+            return fusion.draw_first(
+                build.make_causal_predictor(model, params, (gh, gw)),
+                fusion.Draft(**conditions, plan=sampler.plan()),
+                tokens,
+                rngs,
+                sampler.program(),
+                count=gh * gw,
+                mask_token_id=model.mask_token_id,
+            )
         unknown = jnp.full(labels.shape[0], gh * gw, jnp.int32)
-        batch = masked.Batch(
-            tokens=jnp.full((labels.shape[0], gh * gw), model.mask_token_id, jnp.int32),
-            condition=labels,
-            null_condition=model.null_condition(labels),
-            rngs=rngs,
-            plan=sampler.plan(unknown, gh * gw),
-        )
-        tokens, _ = masked.decode_batch(
+        plan = sampler.plan(unknown, gh * gw)
+        return masked.decode_batch(
             build.make_predictor(model, params, grid_size),
-            batch,
+            masked.Batch(tokens=tokens, **conditions, rngs=rngs, plan=plan),
             sampler.program(),
             mask_token_id=model.mask_token_id,
             grid_size=(gh, gw),
-        )
+        )[0]
+
+    def run(params, tokenizer_params, labels, rngs):
+        tokens = draw(params, labels, rngs)
         codes = tokens.reshape(-1, gh, gw)
         images, finite = _decode_pixels(tokenizer, tokenizer_params, codes)
         return images, finite & jnp.all(tokens < model.mask_token_id, axis=1)
@@ -267,8 +382,9 @@ def generate(
     model: TokenModelConfig,
     params: Any,
     condition: Any,
-    sampler: SamplerConfig,
+    sampler: SamplerConfig | AutoregressiveConfig,
     *,
+    draft: Draft | None = None,
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -293,7 +409,9 @@ def generate(
         params: its parameters.
         condition: classes 0…C-1 (C means "no condition"), or float mixtures [b, C+1]; of a text
             model a `Caption`.
-        sampler: settings of the decoder.
+        sampler: settings of the decoder; of a causal model an `AutoregressiveConfig`.
+        draft: draws the first tokens of every image, from conditions in the same order; the model
+            completes the rest.
         tokenizer: turns the codes into images, in the same program; codes only if `None`.
         seed: seed of all images.
         batch_size: images at a time, rounded up to a power of two and to a multiple of the mesh's
@@ -304,8 +422,9 @@ def generate(
             prompt); the model's "no condition" if `None`.
         grid_size: (gh, gw); that of `start`, else the configured one, if `None`.
         first_index: number i of the first image, where this is part of a longer list.
-        callback: called after every step of every batch, which then runs step by step.
-        return_trace: whether to return the tokens after every step too.
+        callback: called after every step of every batch, which then runs step by step; not for a
+            causal model, which decodes in one program.
+        return_trace: whether to return the tokens after every step too; not for a causal model.
         batch_invariant: whether every image is computed alone, which takes longer; `batch_size` is
             then how many go to the devices at a time.
 
@@ -316,15 +435,8 @@ def generate(
             finite numbers.
         MemoryError: if the device's memory does not suffice, and the remedy is known.
     """
-    condition = model.check_condition(condition)
+    condition, null_condition = _check_conditions(model, condition, null_condition)
     total = len(jax.tree.leaves(condition)[0])
-    if null_condition is not None:
-        null_condition = model.check_condition(null_condition)
-        shapes = [[x.shape for x in jax.tree.leaves(c)] for c in (condition, null_condition)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"null_condition has shapes {shapes[1]}; the condition has {shapes[0]}"
-            )
     check_batch_size(batch_size)
     masked.check_seed(seed)
     whole = isinstance(first_index, int | np.integer)
@@ -334,6 +446,16 @@ def generate(
             f"{MAX_IMAGES - total}, for {total} images"
         )
     gh, gw = grid_size or (model.grid_size if start is None else start.shape[1:])
+    if draft is not None:
+        draft = _check_draft(model, draft, total, gh * gw, start)
+    draft, masked_sampler = _share_out(
+        model, params, sampler, draft, (condition, null_condition), start, gh * gw
+    )
+    if masked_sampler is None and (callback is not None or return_trace):
+        raise ValueError(
+            "a causal model draws all tokens in one program: there are no steps to call back after "
+            "or to trace"
+        )
     start = _check_start(model, start, total, (gh, gw))
     mesh = mesh or sharding.make_mesh({"data": -1})
     shards = sharding.batch_shards(mesh)
@@ -341,7 +463,8 @@ def generate(
     decoding = _Decoding(
         model=model,
         params=place(params, mesh),
-        sampler=sampler,
+        draft=draft and dataclasses.replace(draft, params=place(draft.params, mesh)),
+        sampler=masked_sampler,
         tokenizer=tokenizer,
         tokenizer_params=None if tokenizer is None else place(dict(tokenizer.params), mesh),
         mesh=mesh,
@@ -350,24 +473,30 @@ def generate(
         batch_invariant=batch_invariant,
     )
     if batch_invariant:
-        for given in (decoding.params, decoding.tokenizer_params):
+        draft_params = None if decoding.draft is None else decoding.draft.params
+        for given in (decoding.params, decoding.tokenizer_params, draft_params):
             sharding.check_whole("batch_invariant", given, mesh)
     parts = []
     for first in range(0, total, size):
         count = min(size, total - first)
-        tokens, some, nothing = jax.tree.map(
-            functools.partial(_take_rows, first=first, count=count, size=size),
-            (start, condition, null_condition),
-        )
+        take = functools.partial(_take_rows, first=first, count=count, size=size)
+        tokens, some, nothing = jax.tree.map(take, (start, condition, null_condition))
+        drafted = None
+        if draft is not None:
+            conditions = jax.tree.map(take, (draft.condition, draft.null_condition))
+            drafted = fusion.Draft(
+                condition=conditions[0], null_condition=conditions[1], plan=draft.sampler.plan()
+            )
+        apart = batch_invariant or draft is not None
         batch = masked.Batch(
             tokens=tokens,
             condition=some,
             null_condition=nothing,
             rngs=masked.image_keys(seed, first_index + np.arange(first, first + size)),
-            plan=sampler.plan(np.sum(tokens == model.mask_token_id, axis=1), gh * gw),
-            shared=None if batch_invariant else find_shared(tokens, (some, nothing), shards),
+            plan=decoding.plan(tokens),
+            shared=None if apart else find_shared(tokens, (some, nothing), shards),
         )
-        parts.append(decoding.run(batch, count, first_index + first, callback))
+        parts.append(decoding.run((batch, drafted), count, first_index + first, callback))
     if not parts:
         return decoding.empty()
     return Generation(
@@ -383,7 +512,8 @@ class _Decoding:
 
     model: TokenModelConfig
     params: Any
-    sampler: SamplerConfig
+    draft: Draft | None
+    sampler: SamplerConfig | None
     tokenizer: Tokenizer | None
     tokenizer_params: Any
     mesh: Mesh
@@ -391,11 +521,24 @@ class _Decoding:
     return_trace: bool
     batch_invariant: bool
 
+    def plan(self, tokens: np.ndarray) -> Any:
+        """Return the numbers of every step of the masked decoder; `None` if there is none."""
+        if self.sampler is None:
+            return None
+        unknown = np.sum(tokens == self.model.mask_token_id, axis=1)
+        if self.draft is not None:
+            unknown = unknown - self.draft.count
+        return self.sampler.plan(unknown, tokens.shape[1])
+
     def run(
-        self, batch: masked.Batch, count: int, first_index: int, callback: Callback | None
+        self,
+        batch: tuple[masked.Batch, fusion.Draft | None],
+        count: int,
+        first_index: int,
+        callback: Callback | None,
     ) -> Generation:
         """Return what the first `count` images of a batch become."""
-        size = len(batch.tokens)
+        size = len(batch[0].tokens)
         with jax.set_mesh(self.mesh), self._explain_exhaustion(size):
             if callback is None:
                 results = self._run_fused(batch, count)
@@ -429,19 +572,42 @@ class _Decoding:
             images = to_uint8(images)
         return Generation(images=images, tokens=made, trace=trace)
 
-    def _run_fused(self, batch: masked.Batch, count: int):
+    def _draft_program(self) -> DraftProgram | None:
+        if self.draft is None:
+            return None
+        return DraftProgram(
+            model=self.draft.model, program=self.draft.sampler.program(), count=self.draft.count
+        )
+
+    def _run_fused(self, batch: tuple[masked.Batch, fusion.Draft | None], count: int):
         run = make_generate_fn(
             self.model,
-            self.sampler.program(),
+            None if self.sampler is None else self.sampler.program(),
             self.mesh,
             self.grid_size,
+            draft=self._draft_program(),
             tokenizer=self._decoder(),
             return_trace=self.return_trace,
             batch_invariant=self.batch_invariant,
         )
-        return run(self.params, self.tokenizer_params, batch, *self._wanted(count))
+        params = self.params, None if self.draft is None else self.draft.params
+        return run(params, self.tokenizer_params, batch, *self._wanted(count))
 
-    def _run_on_host(self, batch: masked.Batch, count: int, callback: Callback):
+    def _run_on_host(
+        self, given: tuple[masked.Batch, fusion.Draft | None], count: int, callback: Callback
+    ):
+        batch, drafted = given[0], self._draft_program()
+        if drafted is not None and self.draft is not None:
+            draw = make_draft_fn(
+                self.model,
+                drafted,
+                self.mesh,
+                self.grid_size,
+                batch_invariant=self.batch_invariant,
+            )
+            tokens = draw(self.draft.params, given, *self._wanted(count))
+            batch = dataclasses.replace(batch, tokens=tokens)
+        assert self.sampler is not None, "a causal model has no callback"
         program, history = self.sampler.program(), []
         apart, state = masked.begins_apart(batch, program), masked.start_state(batch.tokens)
         for i in range(program.num_steps):
@@ -484,7 +650,7 @@ class _Decoding:
     def empty(self) -> Generation:
         """Return what no conditions become."""
         tokens, trace, images = np.zeros((0, *self.grid_size), np.int32), None, None
-        if self.return_trace:
+        if self.return_trace and self.sampler is not None:
             trace = np.zeros((self.sampler.num_steps, *tokens.shape), np.int32)
         if self.tokenizer is not None:
             images = decode_images(self.tokenizer, tokens)
@@ -526,6 +692,80 @@ def find_shared(tokens: np.ndarray, condition: Any, shards: int) -> prediction.S
 def generate_tokens(*args: Any, **options: Any) -> Int[np.ndarray, "b gh gw"]:
     """Generate one grid of codes per condition; the arguments are those of `generate`."""
     return generate(*args, **options, tokenizer=None).tokens
+
+
+def _check_conditions(
+    model: TokenModelConfig, condition: Any, null_condition: Any
+) -> tuple[Any, Any]:
+    """Return both as NumPy arrays of the same shapes; the second may be `None`."""
+    condition = model.check_condition(condition)
+    if null_condition is None:
+        return condition, None
+    null_condition = model.check_condition(null_condition)
+    shapes = [[x.shape for x in jax.tree.leaves(c)] for c in (condition, null_condition)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"null_condition has shapes {shapes[1]}; the condition has {shapes[0]}")
+    return condition, null_condition
+
+
+def _check_draft(
+    model: TokenModelConfig, draft: Draft, total: int, seq_len: int, start: Any
+) -> Draft:
+    """Return the draft with checked conditions.
+
+    Raises:
+        ValueError: if its model is not causal or has other codes, its count or conditions do not
+            fit, or tokens are known at the start.
+    """
+    if not draft.model.causal:
+        raise ValueError(f"the draft's family {draft.model.family!r} is not causal")
+    if draft.model.codebook_size != model.codebook_size:
+        raise ValueError(
+            f"the draft's model draws {draft.model.codebook_size} codes, but the model completes "
+            f"{model.codebook_size}; both must share a tokenizer"
+        )
+    if not 1 <= draft.count <= seq_len:
+        raise ValueError(f"draft count {draft.count} is out of range; allowed: 1 to {seq_len}")
+    if start is not None:
+        raise ValueError("a draft begins with no tokens known; leave out the start or the draft")
+    condition, null = _check_conditions(draft.model, draft.condition, draft.null_condition)
+    if (found := len(jax.tree.leaves(condition)[0])) != total:
+        raise ValueError(f"the draft has {found} conditions for {total} images")
+    return dataclasses.replace(draft, condition=condition, null_condition=null)
+
+
+def _share_out(
+    model: TokenModelConfig,
+    params: Any,
+    sampler: SamplerConfig | AutoregressiveConfig,
+    draft: Draft | None,
+    conditions: tuple[Any, Any],
+    start: Any,
+    seq_len: int,
+) -> tuple[Draft | None, SamplerConfig | None]:
+    """Return what is left to a causal model and to a masked one.
+
+    Raises:
+        ValueError: if the sampler is none of the model's, or a causal model has a start or a draft.
+    """
+    if isinstance(sampler, AutoregressiveConfig) != model.causal:
+        raise ValueError(
+            f"a model of family {model.family!r} is not decoded by {type(sampler).__name__}"
+        )
+    if isinstance(sampler, SamplerConfig):
+        return draft, None if draft is not None and draft.count == seq_len else sampler
+    if start is not None or draft is not None:
+        raise ValueError("a causal model draws all tokens; give it no start and no draft")
+    condition, null = conditions
+    whole = Draft(
+        model=model,
+        params=params,
+        sampler=sampler,
+        count=seq_len,
+        condition=condition,
+        null_condition=null,
+    )
+    return whole, None
 
 
 def _check_start(

@@ -17,7 +17,9 @@ from jaxtyping import Bool, Int, UInt8
 from maskgil_jax import editing, loading, sharding
 from maskgil_jax.build import models as build
 from maskgil_jax.build.sizes import check_size
-from maskgil_jax.decoding import masked
+from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
+from maskgil_jax.decoding.sampler import SamplerConfig
+from maskgil_jax.drafts import PREFIX, Drafter, load_drafting
 from maskgil_jax.generation import (
     Callback,
     Generation,
@@ -29,8 +31,8 @@ from maskgil_jax.generation import (
     place,
 )
 from maskgil_jax.masking import check_choice
+from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.conditioning import check_range
-from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.pictures import grey_out, to_float
 from maskgil_jax.text.base import TextEncoder
@@ -52,6 +54,10 @@ class ImageGenerator:
     image, but for what rounding does: another batch size or number of devices sums in another
     order, which now and then decides between two nearly equal codes. With `batch_invariant` it does
     not: every image is computed alone, which takes longer.
+
+    With a causal model beside it (`ar_model`, fusion), that one draws the first share of the tokens
+    one by one, and the model completes the rest. The settings of its decoder, the fields of
+    `AutoregressiveConfig`, are given as `ar_guidance_scale`, `ar_temperature` and so on.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class ImageGenerator:
         model: loading.Model,
         tokenizer: Tokenizer,
         *,
+        ar_model: loading.Model | None = None,
+        ar_share: float = 0.25,
         text_encoder: TextEncoder | None = None,
         batch_size: int = 64,
         mesh: Mesh | None = None,
@@ -69,6 +77,8 @@ class ImageGenerator:
         Args:
             model: the model.
             tokenizer: the tokenizer.
+            ar_model: a causal model that begins every image; none if `None`.
+            ar_share: share of the tokens that it draws, 0 to 1, where a call does not say.
             text_encoder: what turns prompts into features, of a model that was trained with them.
             batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
@@ -77,9 +87,9 @@ class ImageGenerator:
                 devices.
 
         Raises:
-            ValueError: if the tokenizer has another number of codes, the text encoder does not go
-                with the model, `batch_size` is below 1, or parameters are split over devices where
-                `batch_invariant` needs them whole.
+            ValueError: if the tokenizer has another number of codes, the causal model or the text
+                encoder does not go with the model, `batch_size` is below 1, or parameters are
+                split over devices where `batch_invariant` needs them whole.
         """
         if model.config.codebook_size != tokenizer.spec.codebook_size:
             raise ValueError(
@@ -93,11 +103,17 @@ class ImageGenerator:
         self.batch_size, self.batch_invariant = batch_size, batch_invariant
         self.mesh = mesh or sharding.make_mesh({"data": -1})
         self._params = place(model.params, self.mesh)
+        self.drafter: Drafter | None = None
+        if ar_model is not None:
+            self.drafter = Drafter.create(ar_model, ar_share, model.config, self.mesh)
         self._decoder = dataclasses.replace(
             tokenizer, params=place(dict(tokenizer.params), self.mesh)
         )
         if batch_invariant:
-            for params in (self._params, self._decoder.params):
+            whole = [self._params, self._decoder.params]
+            if self.drafter is not None:
+                whole.append(self.drafter.model.params)
+            for params in whole:
                 sharding.check_whole("batch_invariant", params, self.mesh)
 
     @classmethod
@@ -105,6 +121,8 @@ class ImageGenerator:
         cls,
         path: os.PathLike | str,
         *,
+        ar_checkpoint: os.PathLike | str | None = None,
+        ar_share: float = 0.25,
         tokenizer: os.PathLike | str | None = None,
         tokenizer_dtype: str | None = None,
         text_encoder: os.PathLike | str | None = None,
@@ -118,6 +136,9 @@ class ImageGenerator:
         Args:
             path: run directory or model directory; of the latter also the address on the Hugging
                 Face hub, `hf://owner/repo[/folder][@revision]`.
+            ar_checkpoint: run or model directory of a causal model that begins every image; none if
+                `None`.
+            ar_share: share of the tokens that it draws, 0 to 1, where a call does not say.
             tokenizer: path or address of the tokenizer, or `asset:NAME`; by default the run's. A
                 model directory names none.
             tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
@@ -144,6 +165,8 @@ class ImageGenerator:
         return cls(
             model,
             vq,
+            ar_model=None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq),
+            ar_share=ar_share,
             text_encoder=loading.open_text_encoder(model, path, text_encoder),
             batch_size=batch_size,
             mesh=mesh,
@@ -169,6 +192,7 @@ class ImageGenerator:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
+        ar_share: float | None = None,
         first_index: int = 0,
         callback: Callback | None = None,
         return_trace: bool = False,
@@ -187,11 +211,14 @@ class ImageGenerator:
                 Of a run with buckets, one of these.
             rope_interpolation: whether another size is spread over the trained positions, instead
                 of reaching beyond them.
+            ar_share: share of the tokens that the causal model draws, 0 to 1, if there is one.
             first_index: number of the first image, where a call makes part of a longer list.
             callback: called with `(step, tokens [b gh gw])` after every step of every batch; the
                 loop then runs on the host, with the same result, and ends if the callback raises.
             return_trace: whether to return a `Generation` with the tokens of every step.
-            **sampler: fields of `SamplerConfig` that differ from the run's.
+            **sampler: fields of `SamplerConfig` that differ from the run's, and with `ar_` in front
+                those of `AutoregressiveConfig` that differ from the causal model's run. If the
+                model itself is causal, its are of `AutoregressiveConfig`.
 
         Returns:
             uint8 images [b H W c]; or a `Generation`.
@@ -205,6 +232,7 @@ class ImageGenerator:
             sampler,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
+            ar_share=ar_share,
             seed=seed,
             first_index=first_index,
             callback=callback,
@@ -221,6 +249,7 @@ class ImageGenerator:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
+        ar_share: float | None = None,
         first_index: int = 0,
         callback: Callback | None = None,
         **sampler: Any,
@@ -238,6 +267,7 @@ class ImageGenerator:
             decode=False,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
+            ar_share=ar_share,
             seed=seed,
             first_index=first_index,
             callback=callback,
@@ -376,17 +406,19 @@ class ImageGenerator:
 
     def sampler(
         self, grid_size: tuple[int, int] | None = None, /, **changes: Any
-    ) -> masked.SamplerConfig:
+    ) -> SamplerConfig | AutoregressiveConfig:
         """Return the run's sampler settings with some changed.
 
         Args:
             grid_size: (gh, gw), whose tokens limit the number of steps; the trained one if `None`.
-            **changes: fields of `SamplerConfig`; `None` means no change.
+            **changes: fields of `SamplerConfig`, of a causal model of `AutoregressiveConfig`;
+                `None` means no change.
 
         Raises:
             ValueError: if a name is unknown, with the nearest one, or a value is not allowed.
         """
-        known = [field.name for field in dataclasses.fields(masked.SamplerConfig)]
+        kind = AutoregressiveConfig if self.model.config.causal else SamplerConfig
+        known = [field.name for field in dataclasses.fields(kind)]
         for name in changes:
             check_choice("sampler setting", name, known)
         run = self.model.run
@@ -394,6 +426,26 @@ class ImageGenerator:
             run = run.copy_and_resolve_references()
             run.model.grid_size = grid_size
         return build.sampler_config(run, **changes)
+
+    def split_settings(
+        self, settings: Mapping[str, Any], ar_share: float | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return settings of the model's decoder, and of the causal model's without their prefix.
+
+        Raises:
+            ValueError: if there are some of the latter, or a share, but no causal model.
+        """
+        drafted = {name: value for name, value in settings.items() if name.startswith(PREFIX)}
+        given = [name for name, value in drafted.items() if value is not None]
+        if ar_share is not None:
+            given.append("ar_share")
+        if given and self.drafter is None:
+            raise ValueError(
+                f"{', '.join(given)}: there is no causal model to begin with; name one, "
+                "--ar_checkpoint or `ar_checkpoint=`"
+            )
+        own = {name: value for name, value in settings.items() if name not in drafted}
+        return own, {name.removeprefix(PREFIX): value for name, value in drafted.items()}
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:
@@ -477,24 +529,34 @@ class ImageGenerator:
         decode: bool = True,
         grid_size: tuple[int, int] | None = None,
         rope_interpolation: bool = False,
+        ar_share: float | None = None,
         seed: int = 0,
         first_index: int = 0,
         callback: Callback | None = None,
         return_trace: bool = False,
     ) -> Generation:
         model = self.model.config
+        condition, null_condition = conditions
+        gh, gw = grid_size or model.grid_size
+        sampler, drafted = self.split_settings(sampler, ar_share)
+        draft = None
+        # What is known at the start, the masked model alone can complete.
+        if start is not None and (ar_share is not None or drafted):
+            raise ValueError("an edit keeps tokens, which a causal model cannot begin before")
+        if self.drafter is not None and start is None:
+            draft = self.drafter.draft(condition, null_condition, gh * gw, ar_share, drafted)
         if rope_interpolation:
-            if not isinstance(model, MaskGILConfig | MaskGILTextConfig):
-                raise ValueError(f"a model of family {model.family!r} has no rotary positions")
-            model = dataclasses.replace(model, rope_interpolation=True)
+            model = _interpolate(model)
+            if draft is not None:
+                draft = dataclasses.replace(draft, model=_interpolate(draft.model))
         if start is not None:
             grid_size = start.shape[1:]
-        condition, null_condition = conditions
         return generate(
             model,
             self._params,
             condition,
             self.sampler(grid_size, **sampler),
+            draft=draft,
             tokenizer=self._decoder if decode else None,
             seed=seed,
             batch_size=self.batch_size,
@@ -507,3 +569,11 @@ class ImageGenerator:
             return_trace=return_trace,
             batch_invariant=self.batch_invariant,
         )
+
+
+def _interpolate(model: TokenModelConfig) -> Any:
+    """Return the model with another grid's positions spread over the trained ones."""
+    if not hasattr(model, "rope_interpolation"):
+        raise ValueError(f"a model of family {model.family!r} has no rotary positions")
+    changed: Any = {"rope_interpolation": True}
+    return dataclasses.replace(model, **changed)

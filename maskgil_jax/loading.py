@@ -67,10 +67,13 @@ class Model:
         tokens: Integer[Array | np.ndarray, "b gh gw"],
         condition: Any,
     ) -> Float[Array, "b l v"]:
-        """Return float32 logits [b, gh·gw, K+1] of every image token, in raster order.
+        """Return float32 logits [b, gh·gw, v] of every image token, in raster order.
+
+        Those of a masked model are of K codes and the mask token, v = K+1; those of a causal one
+        are of the K codes, and of a token given those before it.
 
         Args:
-            tokens: codes 0…K-1, or K where masked.
+            tokens: codes 0…K-1, or K where masked, which a causal model does not know.
             condition: classes 0…C-1, where C means "no condition", or mixtures of them; of a text
                 model a `Caption`.
 
@@ -83,7 +86,7 @@ class Model:
             raise ValueError(
                 f"tokens {tokens.shape} must be [b, gh, gw], and there are {count} conditions"
             )
-        check_range("token", tokens, self.config.codebook_size + 1)
+        check_range("token", tokens, self.config.num_tokens)
         module = self.config.make_module()
         return _apply(module, self.params, jnp.asarray(tokens, jnp.int32), condition)
 

@@ -37,6 +37,7 @@ from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
 from maskgil_jax.decoding.guidance import GUIDANCE_SCHEDULES
 from maskgil_jax.decoding.orders import ORDERS
 from maskgil_jax.decoding.remasking import CHOICES, REMASKING
+from maskgil_jax.drafts import load_drafting
 from maskgil_jax.generation import padded_size
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.photo_edit import Edit, read_edit
@@ -78,6 +79,11 @@ _CACHE = flags.DEFINE_string(
     "else maskgil_jax in the user's cache directory.",
 )
 
+_AR_CHECKPOINT = flags.DEFINE_string(
+    "ar_checkpoint", None, "Run or model directory of a causal model that begins every image."
+)
+_AR_SHARE = flags.DEFINE_float("ar_share", 0.25, "Share of the tokens that it draws, 0 to 1.")
+
 _EDIT = flags.DEFINE_string("edit", None, "Picture to edit; needs --labels or --prompt.")
 _MASK = flags.DEFINE_string("mask", None, "Picture of its size, white where to generate.")
 _OUTPAINT = flags.DEFINE_string("outpaint", None, "Pixels to add: TOP,BOTTOM,LEFT,RIGHT.")
@@ -105,6 +111,12 @@ _SAMPLER = [
     flags.DEFINE_string("remasking", None, f"One of {', '.join(REMASKING)}."),
     flags.DEFINE_float("remasking_strength", None, "Share taken back in a step, 0 to 1."),
     flags.DEFINE_string("remasking_choice", None, f"One of {', '.join(CHOICES)}."),
+    flags.DEFINE_integer("guided_tokens", None, "Of a causal model: guide so many; 0 for all."),
+    flags.DEFINE_float("ar_guidance_scale", None, "Of --ar_checkpoint: 0 or more; 1 is none."),
+    flags.DEFINE_integer("ar_guided_tokens", None, "Of --ar_checkpoint: guide so many; 0: all."),
+    flags.DEFINE_float("ar_temperature", None, "Of the codes of --ar_checkpoint, 0 or more."),
+    flags.DEFINE_integer("ar_top_k", None, "As --top_k, of --ar_checkpoint."),
+    flags.DEFINE_float("ar_top_p", None, "As --top_p, of --ar_checkpoint."),
 ]
 flags.adopt_module_key_flags(cli)
 
@@ -122,6 +134,8 @@ def sample(
     records: bool = False,
     size: tuple[int, int] | None = None,
     edit: Edit | None = None,
+    ar_checkpoint: str | None = None,
+    ar_share: float = 0.25,
     tokenizer: str | None = None,
     tile_size: int | None = None,
     seed: int = 0,
@@ -144,6 +158,8 @@ def sample(
         records: whether to write token records into the directory `out`, and no pixels.
         size: height and width in pixels; as trained if `None`.
         edit: picture to start from, and what to do with it.
+        ar_checkpoint: directory of a causal model that begins every image.
+        ar_share: share of the tokens that it draws, 0 to 1.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
         tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
             images; every image is taken whole if `None`.
@@ -152,7 +168,8 @@ def sample(
             between two nearly equal codes.
         batch_invariant: whether every image is computed alone, so that it does not: in float32 on
             a CPU its bits are those of any other batch size or number of devices or processes.
-        **sampler: fields of `SamplerConfig` that differ from the run's; `None` means no change.
+        **sampler: fields of `SamplerConfig` that differ from the run's, of `AutoregressiveConfig`
+            for a causal model, and with `ar_` in front for `ar_checkpoint`; `None` means no change.
 
     Raises:
         ValueError: if a setting or label is not allowed, tokenizer and model do not fit, or `out`
@@ -174,6 +191,12 @@ def sample(
         raise ValueError("--records and --edit exclude each other: what an edit keeps are pixels")
     if records and tile_size is not None:
         raise ValueError("--records and --tile_size exclude each other: no pixels are decoded")
+    if edit is not None and ar_checkpoint is not None:
+        raise ValueError(
+            "--edit and --ar_checkpoint exclude each other: an edit keeps tokens, which a causal "
+            "model cannot begin before"
+        )
+    sampler = {name: value for name, value in sampler.items() if value is not None}
     model = loading.load_model(workdir)
     vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
     # Several processes share the images, not the batches.
@@ -181,13 +204,17 @@ def sample(
     generator = ImageGenerator(
         model,
         vq,
+        ar_model=None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq),
+        ar_share=ar_share,
         text_encoder=loading.open_text_encoder(model, workdir, text_encoder),
         batch_size=batch_size,
         mesh=mesh,
         batch_invariant=batch_invariant,
     )
     height, width = find_size(generator, size, edit)
-    config = generator.sampler(vq.spec.grid_size(height, width), **sampler)
+    own, drafted = generator.split_settings(sampler)
+    config = generator.sampler(vq.spec.grid_size(height, width), **own)
+    begins = None if generator.drafter is None else generator.drafter.describe(drafted)
     asked = Asked.read(
         model,
         labels=labels,
@@ -226,6 +253,7 @@ def sample(
             "edit": edit.settings if edit else None,
             "seed": seed,
             "sampler": dataclasses.asdict(config),
+            "begins": begins and begins.settings,
             "batch_size": batch_size,
             "batch_invariant": batch_invariant,
             "chunk_size": chunk_size,
@@ -254,9 +282,8 @@ def sample(
         f"{height}×{width} pixels in {seconds:.1f} s, "
         f"compilation included ({made / seconds:.1f} images/s)"
         + (f", {kept} of them kept from an earlier start" if kept else "")
-        + f"; {config.num_steps} steps, {config.schedule} {config.schedule_form}, "
-        f"{config.guidance_schedule} guidance {config.guidance_scale:g}, "
-        f"temperature {config.temperature:g}, Gumbel {config.gumbel_temperature:g}, seed {seed}"
+        + ("" if begins is None else f"; {begins.text}")
+        + f"; {config.describe()}, seed {seed}"
     )
 
 
@@ -400,6 +427,8 @@ def run() -> None:
         records=_RECORDS.value,
         size=size,
         edit=edit,
+        ar_checkpoint=_AR_CHECKPOINT.value,
+        ar_share=_AR_SHARE.value,
         tokenizer=_TOKENIZER.value,
         tile_size=_TILE_SIZE.value,
         seed=_SEED.value,

@@ -167,6 +167,11 @@ def test_every_config_file_builds(path, preset):
         ("xl", 774.7),
         ("xxl", 1411.1),
         ("bidirectional_transformer", 104.9),
+        ("llamagen_b", 110.9),
+        ("llamagen_l", 342.9),
+        ("llamagen_xl", 774.7),
+        ("llamagen_xxl", 1411.0),
+        ("llamagen_3b", 3096.7),
     ],
 )
 def test_config_files_of_the_sizes_hold_the_papers_tables(name, millions):

@@ -90,6 +90,7 @@ def make_generator(
     import jax
     from flax import linen as nn
 
+    from maskgil_jax import config as schema
     from maskgil_jax import generator, loading, sharding
     from maskgil_jax.build import models as build
 
@@ -101,6 +102,8 @@ def make_generator(
         config.data.bucket_sizes = ((16, 16), (16, 24))
     config.model.family = family
     config.model.update(fields or {})
+    if family == "llamagen":
+        config.sampler.num_steps = schema.default().sampler.num_steps  # which it has not
     model = build.model_config(config)
     rng = np.random.default_rng(0)
 

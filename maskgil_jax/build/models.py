@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
 from maskgil_jax.build.sizes import bucket_sizes
+from maskgil_jax.decoding.autoregressive import AutoregressiveConfig, CausalPredictor
 from maskgil_jax.decoding.prediction import Predictor
 from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
 from maskgil_jax.models.captions import Caption
+from maskgil_jax.models.llamagen import LlamaGenConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.text.base import TextEncoder
@@ -34,7 +36,12 @@ TOKENIZERS: dict[str, type[TokenizerConfig]] = {
 }
 MODELS: dict[str, type[TokenModelConfig]] = {
     config.family: config
-    for config in (MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig)
+    for config in (
+        MaskGILConfig,
+        MaskGILTextConfig,
+        BidirectionalTransformerConfig,
+        LlamaGenConfig,
+    )
 }
 ASSET = "asset:"
 
@@ -101,15 +108,31 @@ def _check_has_effect(sampler: SamplerConfig, name: str) -> None:
         )
 
 
-def sampler_config(config: ConfigDict, **changes: Any) -> SamplerConfig:
+def sampler_config(config: ConfigDict, **changes: Any) -> SamplerConfig | AutoregressiveConfig:
     """Return the sampler section, validated, with `changes` applied; `None` means no change.
 
+    It is of the masked decoder, or for a causal family of the autoregressive one.
+
     Raises:
-        ValueError: if a value is not allowed, a change would have no effect beside the other
+        ValueError: if a value is not allowed, the decoder lacks a setting that differs from what
+            the configuration's preset gives it, a change would have no effect beside the other
             settings, or there are more steps than tokens.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
-    sampler = SamplerConfig(**(config.sampler.to_dict() | changes))
+    fields = config.sampler.to_dict() | changes
+    causal = find_model(config.model.family).causal
+    kind: Any = AutoregressiveConfig if causal else SamplerConfig
+    known = {field.name for field in dataclasses.fields(kind)}
+    unset = schema.preset(config.preset).sampler
+    for name, value in fields.items():
+        if name not in known and (value != unset.get(name) or name in changes):
+            raise ValueError(
+                f"sampler.{name} {value!r} has no meaning for model.family "
+                f"{config.model.family!r}; allowed: {', '.join(sorted(known))}"
+            )
+    sampler = kind(**{name: value for name, value in fields.items() if name in known})
+    if isinstance(sampler, AutoregressiveConfig):
+        return sampler
     for name in changes:
         _check_has_effect(sampler, name)
     gh, gw = config.model.grid_size
@@ -305,6 +328,24 @@ def make_predictor(
         return module.apply(variables, features, positions, method="logits")
 
     return Predictor(features=features, head=head)
+
+
+def make_causal_predictor(
+    config: TokenModelConfig, params: Any, grid_size: tuple[int, int] | None = None
+) -> CausalPredictor:
+    """Return what the autoregressive decoder asks of a model, on a grid; the configured if `None`.
+
+    Raises:
+        ValueError: if the model is not causal.
+    """
+    if not isinstance(config, LlamaGenConfig):
+        causal = ", ".join(name for name, family in MODELS.items() if family.causal)
+        raise ValueError(
+            f"a model of family {config.family!r} does not predict token by token; families that "
+            f"do: {causal}"
+        )
+    model = config.make_cached(params, grid_size)
+    return CausalPredictor(model.prefix_length, model.start, model.step)
 
 
 def init_model(config: TokenModelConfig) -> Callable[[Any], Any]:

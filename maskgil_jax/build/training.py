@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from maskgil_jax import config as schema
 from maskgil_jax import sharding
 from maskgil_jax.build import captions, data, models, tasks, tokenizers
 from maskgil_jax.masking import check_choice
@@ -94,7 +95,21 @@ def validate(config: ConfigDict) -> None:
             raise ValueError("model.attention 'cudnn' needs a GPU; use 'xla'")
         models.sampler_config(config)
         loss_config(config)
+        _check_masking(config)
         data.check_cache(config, transform)
+
+
+def _check_masking(config: ConfigDict) -> None:
+    """Refuse settings of masks for a model that knows none."""
+    if not models.find_model(config.model.family).causal:
+        return
+    unset = schema.preset(config.preset).training
+    for name in ("loss_tokens", "mask_schedule", "mask_draw"):
+        if config.training[name] != unset[name]:
+            raise ValueError(
+                f"training.{name} {config.training[name]!r} has no meaning for model.family "
+                f"{config.model.family!r}, which predicts every token; leave it at {unset[name]!r}"
+            )
 
 
 _LEAST = {
@@ -148,7 +163,8 @@ def make_maskgil_task(config: ConfigDict, mesh: Mesh) -> tasks.Task:
 
     def prepare(batch, rng):
         condition = model.read_condition(batch)
-        return steps.corrupt_batch(batch["tokens"], condition, rng, loss, model.drop_condition)
+        make_inputs = steps.expose_batch if model.causal else steps.corrupt_batch
+        return make_inputs(batch["tokens"], condition, rng, loss, model.drop_condition)
 
     init = models.init_model(model)
     return tasks.make_task(config, mesh, init, loss_fn, prepare, steps.MASKED_METRICS, {})

@@ -33,6 +33,7 @@ _MODULES = {
     "maskgil": "maskgil",
     "maskgil-released": "maskgil_released",
     "maskgil-text": "maskgil_text",
+    "llamagen": "llamagen",
     "bidirectional-transformer": "bidirectional_transformer",
     "gemma": "gemma",
     "gemma2": "gemma2",
@@ -241,6 +242,9 @@ def fit_family(family: str, state_dict: StateDict, *, widen: bool = False, **opt
 def detect_family(state_dict: StateDict, *, widen: bool = False, **options: Any) -> Fit:
     """Find the one family that a state dict fits, by the names, shapes and dtypes of all tensors.
 
+    Where families differ in what the rows of a table are, as masked and causal models do in having
+    a mask token or not, the one counts whose codes are a power of two.
+
     The arguments are as for `fit_family`.
 
     Raises:
@@ -248,6 +252,8 @@ def detect_family(state_dict: StateDict, *, widen: bool = False, **options: Any)
     """
     fits = [fit_family(family, state_dict, widen=widen, **options) for family in FAMILIES]
     fitting = [fit for fit in fits if not fit.problems]
+    if len(fitting) > 1:
+        fitting = [fit for fit in fitting if _has_usual_codes(fit.config)] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -267,6 +273,10 @@ def detect_family(state_dict: StateDict, *, widen: bool = False, **options: Any)
         "this is wrong:",
         nearest.problems,
     )
+
+
+def _has_usual_codes(config: Any) -> bool:
+    return getattr(config, "codebook_size", 0).bit_count() == 1
 
 
 def all_wrappers() -> tuple[str, ...]:

@@ -69,8 +69,8 @@ def guided_steps(
 
 
 def guide(
-    cond: Float[Array, "b n v"], uncond: Float[Array, "b n v"], scale: Float[Array, ""]
-) -> Float[Array, "b n v"]:
+    cond: Float[Array, "b *n v"], uncond: Float[Array, "b *n v"], scale: Float[Array, ""]
+) -> Float[Array, "b *n v"]:
     """Return guided logits.
 
     Args:

@@ -86,7 +86,7 @@ class Batch:
         null_condition: the same pytree, meaning "no condition"; read only where the guidance scale
             is not 1, and may then be `None`.
         rngs: one key per image, see `image_keys`.
-        plan: the numbers of every step.
+        plan: the numbers of every step; `None` where there is none.
         shared: images that begin alike, if the first step is to use it.
     """
 
@@ -94,7 +94,7 @@ class Batch:
     condition: Any
     null_condition: Any
     rngs: Any
-    plan: Plan
+    plan: Any
     shared: prediction.Shared | None = None
 
 

@@ -109,6 +109,14 @@ class SamplerConfig:
                     f"is drawn; leave it at {unset}"
                 )
 
+    def describe(self) -> str:
+        """Return the settings that matter most, for a line of news."""
+        return (
+            f"{self.num_steps} steps, {self.schedule} {self.schedule_form}, "
+            f"{self.guidance_schedule} guidance {self.guidance_scale:g}, "
+            f"temperature {self.temperature:g}, Gumbel {self.gumbel_temperature:g}"
+        )
+
     def guidance_scales(self) -> np.ndarray:
         """Return the guidance scale of every step, float32 [num_steps]."""
         return guidance.guidance_scales(

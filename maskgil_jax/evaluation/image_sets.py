@@ -121,7 +121,12 @@ class GeneratedImages:
         self._sampler = dict(sampler)
         vq = generator.tokenizer
         # Refuses what cannot be, before anything is made.
-        self.sampler = generator.sampler(vq.spec.grid_size(*size), **self._sampler)
+        share, settings = self._sampler.get("ar_share"), dict(sampler)
+        settings.pop("ar_share", None)
+        own, drafted = generator.split_settings(settings, share)
+        self.sampler = dataclasses.asdict(generator.sampler(vq.spec.grid_size(*size), **own))
+        if generator.drafter is not None:
+            self.sampler |= generator.drafter.describe(drafted, share).settings
         self.labels: np.ndarray = labels
         self.image_shape = (*size, vq.spec.image_channels)
         # Batches of one size, the last filled up: the same sums whatever part is made.
@@ -140,7 +145,7 @@ class GeneratedImages:
             "tokenizer_dtype": vq.config.to_dict()["dtype"],
             "size": list(self._size),
             "seed": self._seed,
-            "sampler": dataclasses.asdict(self.sampler),
+            "sampler": self.sampler,
             "batch_size": self.chunk_size,
         }
 

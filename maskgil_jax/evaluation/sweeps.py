@@ -11,11 +11,19 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskgil_jax.decoding.masked import SamplerConfig
+from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
+from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.evaluation.protocols import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from maskgil_jax.masking import check_choice
 
-TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(SamplerConfig)}
+_CAUSAL = {field.name: field.type for field in dataclasses.fields(AutoregressiveConfig)}
+# Of both decoders, and of a causal model that begins the images of a masked one.
+TYPES: dict[str, Any] = {
+    **{field.name: field.type for field in dataclasses.fields(SamplerConfig)},
+    **_CAUSAL,
+    "ar_share": float,
+    **{f"ar_{name}": kind for name, kind in _CAUSAL.items()},
+}
 # Shown as "mean ± this".
 _SPREADS = {"is": "is_std", "kid": "kid_std"}
 

@@ -1,10 +1,13 @@
-"""What the models of masked image tokens have in common: their contract.
+"""What the models of image tokens have in common: their contract.
 
 A model's module is called with `(tokens [b gh gw], condition, train=False)` and returns float32
 logits [b, gh·gw, K+1]. The decoder calls its two parts: the method `features`, with the same
 arguments, gives [b, gh·gw, e], and `logits` maps some of them and their raster positions [b, n] to
 [b, n, K+1]. In training it sows the size of its residual stream as
 `transformer/output_norm` in the collection `intermediates`.
+
+A causal model knows no mask token: it returns logits [b, gh·gw, K], those of a token from the
+tokens before it in raster order, and is decoded token by token, see `models/cached.py`.
 
 What a condition is, class labels or captions, its configuration knows: a pytree with the batch in
 front, one value of which means "no condition".
@@ -28,13 +31,15 @@ class TokenModelConfig(abc.ABC):
     """Vocabulary and grid of a model, and the contract of every family.
 
     Attributes:
-        codebook_size: number of image codes K; K itself is the mask token.
+        codebook_size: number of image codes K; K itself is the mask token, where there is one.
         grid_size: (gh, gw), tokens per column and per row.
         head_alignment: the head is computed on its rows padded to a multiple of this number (the
             padding is neither stored nor returned); 1 switches it off.
     """
 
     family: ClassVar[str]
+    # Whether a token is predicted from those before it, and not from all that are known.
+    causal: ClassVar[bool] = False
 
     codebook_size: int
     grid_size: tuple[int, int]
@@ -50,8 +55,13 @@ class TokenModelConfig(abc.ABC):
 
     @property
     def mask_token_id(self) -> int:
-        """Id of the mask token."""
+        """Id of the mask token; of one that is not known yet, while a causal model decodes."""
         return self.codebook_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that the model knows: the codes and, unless it is causal, the mask."""
+        return self.codebook_size + (not self.causal)
 
     @property
     def seq_len(self) -> int:
@@ -61,7 +71,7 @@ class TokenModelConfig(abc.ABC):
     @property
     def head_padding(self) -> int:
         """Rows by which the head is padded while it is computed."""
-        return -(self.codebook_size + 1) % self.head_alignment
+        return -self.num_tokens % self.head_alignment
 
     @property
     def preset(self) -> str:

@@ -115,9 +115,9 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l e"]) -> Float[Array, "b l v"]:
-        """Return logits over the codes and the mask token (v = K + 1)."""
+        """Return logits over the tokens that the model knows."""
         cfg = self.config
-        rows = cfg.codebook_size + 1
+        rows = cfg.num_tokens
         init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "vocab"))
         kernel = jnp.asarray(self.param("kernel", init, (cfg.width, rows)), x.dtype)
         kernel = jnp.pad(kernel, ((0, 0), (0, cfg.head_padding)))

@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +156,53 @@ class Projection(nn.Module):
         return y + bias.reshape((1,) * (x.ndim - n) + self.outputs)
 
 
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, of the positions that were computed so far.
+
+    Attributes:
+        keys: [b h s d], heads in front, as attention to them multiplies; rotated.
+        values: [b h s d].
+    """
+
+    keys: Any
+    values: Any
+
+
+def attend_cached(
+    q: Float[Array, "b l h d"],
+    k: Float[Array, "b l h d"],
+    v: Float[Array, "b l h d"],
+    mask: Bool[Array, "#b l s"],
+    cache: LayerCache,
+    position: Int[Array, ""] | int,
+) -> tuple[Float[Array, "b l h d"], LayerCache]:
+    """Put keys and values into a cache and attend to its first s positions.
+
+    Args:
+        q: queries of new positions.
+        k: their keys.
+        v: their values.
+        mask: true where the query of a new position may look; its width says how much of the cache
+            is read.
+        cache: of the layer.
+        position: place of the first of them, may be traced.
+    """
+    start, s = (0, 0, position, 0), mask.shape[-1]
+    cache = LayerCache(
+        *(
+            jax.lax.dynamic_update_slice(whole, jnp.swapaxes(part, 1, 2).astype(whole.dtype), start)
+            for whole, part in ((cache.keys, k), (cache.values, v))
+        )
+    )
+    scores = jnp.einsum(
+        "blhd,bhsd->bhls", q, cache.keys[:, :, :s], preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(mask[:, None], scores / q.shape[-1] ** 0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(q.dtype)
+    return jnp.einsum("bhls,bhsd->blhd", weights, cache.values[:, :, :s]), cache
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary embedding."""
 
@@ -165,10 +213,12 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b l e"],
         rope: Float[Array | np.ndarray, "l d2 2"],
-        mask: Bool[Array, "#b l l"] | None,
+        mask: Bool[Array, "#b l s"] | None,
         lengths: Int[Array, " b"] | None,
-    ) -> Float[Array, "b l e"]:
-        """Attend; see `Transformer` for `mask` and `lengths`."""
+        cache: LayerCache | None = None,
+        position: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "b l e"], LayerCache | None]:
+        """Attend; see `Transformer` for `mask` and `lengths`, `attend_cached` for the rest."""
         cfg = self.config
         e, h, d, dtype = cfg.width, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
         axes = ("embed", None, "heads", "head_dim")
@@ -178,16 +228,21 @@ class Attention(nn.Module):
             q = make_norm(cfg.qk_norm, cfg, "q_norm")(q).astype(dtype)
             k = make_norm(cfg.qk_norm, cfg, "k_norm")(k).astype(dtype)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        implementation: Any = cfg.attention
-        y = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=None if mask is None else mask[:, None],
-            key_value_seq_lengths=lengths,
-            implementation=implementation,
-        )
-        return Projection((h, d), (e,), ("heads", "head_dim", "embed"), dtype, name="out")(y)
+        if cache is None:
+            implementation: Any = cfg.attention
+            y = jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                mask=None if mask is None else mask[:, None],
+                key_value_seq_lengths=lengths,
+                implementation=implementation,
+            )
+        else:
+            assert mask is not None
+            y, cache = attend_cached(q, k, v, mask, cache, position)
+        out = Projection((h, d), (e,), ("heads", "head_dim", "embed"), dtype, name="out")
+        return out(y), cache
 
 
 class SwiGLU(nn.Module):
@@ -211,27 +266,22 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x, rope, mask, lengths):
-        """Return `(x, None)`, the carry and the empty output of a scan step."""
+    def __call__(self, x, rope, mask, lengths, cache=None, position=0):
+        """Return the carry of a scan, and the cache: none in a scan."""
         cfg, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
 
-        def branch(x, norm_name, post_name, apply):
-            y = apply(make_norm("rms", cfg, norm_name)(x).astype(dtype))
+        def add(x, y, name):
             if cfg.post_norm != "none":
-                y = make_norm(cfg.post_norm, cfg, post_name)(y).astype(dtype)
+                y = make_norm(cfg.post_norm, cfg, name)(y).astype(dtype)
             y = nn.with_logical_constraint(y, ("batch", "length", "act_embed"))
             return x + drop(y)
 
-        attention = Attention(cfg, name="attention")
-        x = branch(
-            x,
-            "attention_norm",
-            "attention_post_norm",
-            lambda y: attention(y, rope, mask, lengths),
-        )
-        x = branch(x, "mlp_norm", "mlp_post_norm", SwiGLU(cfg, name="mlp"))
-        return x, None
+        y = make_norm("rms", cfg, "attention_norm")(x).astype(dtype)
+        y, cache = Attention(cfg, name="attention")(y, rope, mask, lengths, cache, position)
+        x = add(x, y, "attention_post_norm")
+        y = SwiGLU(cfg, name="mlp")(make_norm("rms", cfg, "mlp_norm")(x).astype(dtype))
+        return add(x, y, "mlp_post_norm"), cache
 
 
 def scan_blocks(block: Any, config: StackConfig) -> Any:

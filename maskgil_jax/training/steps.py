@@ -127,6 +127,26 @@ def corrupt_batch(
     }
 
 
+def expose_batch(
+    tokens: Int[Array, "b gh gw"],
+    condition: Any,
+    rng: PRNGKeyArray,
+    config: MaskedLossConfig,
+    drop_condition: Callable[[Any, Any], Any],
+) -> dict[str, Any]:
+    """Drop conditions and mask nothing: a causal model sees all tokens and predicts each.
+
+    The arguments and the result are those of `corrupt_batch`; the mask says what is predicted.
+    """
+    dropped = jax.random.uniform(rng, tokens.shape[:1]) < config.condition_dropout
+    return {
+        "inputs": tokens,
+        "targets": tokens,
+        "mask": jnp.ones(tokens.shape, bool),
+        "condition": drop_condition(condition, dropped),
+    }
+
+
 def make_masked_loss(apply_fn: Callable[..., Any], config: MaskedLossConfig) -> LossFn:
     """Return the loss of a masked-token model on a corrupted batch.
 

@@ -19,6 +19,7 @@ from maskgil_jax.convert import (
 )
 from maskgil_jax.evals.inception import InceptionConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
+from maskgil_jax.models.llamagen import LlamaGenConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
@@ -35,6 +36,7 @@ GOLDENS = {
     "bidirectional_llama_tiny": "maskgil",
     "maskgil_released_tiny": "maskgil-released",
     "bidirectional_llama_t2i_tiny": "maskgil-text",
+    "llamagen_ar_tiny": "llamagen",
     "bidirectional_transformer_tiny": "bidirectional-transformer",
     "inception_fid": "inception-fid",
     "gemma_tiny": "gemma",
@@ -43,7 +45,7 @@ GOLDENS = {
 # Widths that differ, so that no reshaped or transposed tensor is the same but the square ones.
 VQ = {"codebook_size": 11, "embed_dim": 6, "channels": 32, "latent_channels": 5}
 VQ |= {"channel_multipliers": (1, 2), "num_res_blocks": 1}
-LM = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 24, "codebook_size": 20}
+LM = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 24, "codebook_size": 16}
 LM |= {"num_classes": 5, "grid_size": (2, 2)}
 TEXT = {name: value for name, value in LM.items() if name != "num_classes"}
 TEXT |= {"text_width": 10, "text_length": 7, "null_length": 7}
@@ -68,6 +70,7 @@ SMALL = {
         MaskGILTextConfig(**TEXT, cond_rope="zero"),
         MaskGILTextConfig(**TEXT, cond_rope="zero", qk_norm="layer", post_norm="rms"),
     ],
+    "llamagen": [LlamaGenConfig(**LM, cond_rope="zero")],
     "gemma": [tiny_text.gemma_config(1)],
     "gemma2": [tiny_text.gemma_config(2)],
 }

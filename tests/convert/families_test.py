@@ -18,6 +18,7 @@ from maskgil_jax.convert import (
 )
 from maskgil_jax.convert.rules import plan_slots
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
+from maskgil_jax.models.llamagen import LlamaGenConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
@@ -38,6 +39,7 @@ TINY = {
     "open_magvit2_tiny": ("open-magvit2", {}),
     "maskgil_released_tiny": ("maskgil-released", {"num_heads": 2}),
     "bidirectional_llama_tiny": ("maskgil", {"num_heads": 2, "grid_size": (8, 8)}),
+    "llamagen_ar_tiny": ("llamagen", {"num_heads": 2, "grid_size": (8, 8)}),
     "bidirectional_transformer_tiny": (
         "bidirectional-transformer",
         {"num_heads": 4, "num_classes": 10},
@@ -54,6 +56,10 @@ FULL = {
     "maskgit_vq_full": ("maskgit-vq", vars(MaskGITVQConfig())),
     "chameleon_vq_full": ("chameleon-vq", vars(ChameleonVQConfig())),
     "open_magvit2_full": ("open-magvit2", vars(OpenMAGVIT2Config())),
+    "llamagen_ar_b_full": (
+        "llamagen",
+        {"num_heads": 12, "num_classes": 1000, "codebook_size": 16384},
+    ),
     "maskgil_released_b_full": (
         "maskgil-released",
         {"num_heads": 12, "num_classes": 1000, "codebook_size": 16384},
@@ -112,6 +118,8 @@ PAIRS = [
         "maskgil-released",
         MaskGILConfig(**MASKGIL, **find_family("maskgil-released").layout),
     ),
+    ("llamagen", LlamaGenConfig(**MASKGIL, cond_rope="zero")),
+    ("llamagen", LlamaGenConfig(**MASKGIL, qk_norm="layer", post_norm="rms")),
     ("bidirectional-transformer", BidirectionalTransformerConfig(**MASKGIL)),
     ("gemma", tiny_text.gemma_config(1)),
     ("gemma2", tiny_text.gemma_config(2)),
@@ -124,7 +132,7 @@ def test_import_of_an_export_is_the_model_bit_for_bit(family, config):
     state = export_state_dict(family, config, jax.tree.map(jax.numpy.asarray, params))
     every = {"num_heads": 2, "grid_size": (2, 3), "num_classes": 5}
     options = {name: every[name] for name in every if name in find_family(family).options}
-    if family == "maskgil":
+    if "cond_rope" in find_family(family).options:
         options["cond_rope"] = config.cond_rope
     if "settings" in find_family(family).options:
         options["settings"] = config.to_hugging_face()

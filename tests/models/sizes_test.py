@@ -39,8 +39,28 @@ def test_parameter_counts_are_those_of_table_2(name, millions, changes):
     assert params["token_embed"]["embedding"].shape == (16385, SIZES[name].width)
 
 
-def test_head_dimension_is_64_everywhere():
-    assert all(size.width == 64 * size.num_heads for size in SIZES.values())
+def test_head_dimension_is_64_in_all_sizes_of_table_2():
+    assert all(SIZES[name].width == 64 * SIZES[name].num_heads for name in ("b", "l", "xl", "xxl"))
+
+
+# LlamaGen's table of sizes: 3.9 billion parameters, and what the names say.
+@pytest.mark.parametrize(
+    ("name", "billions"), [("xxxl", 3.9), ("1b", 1.2), ("3b", 3.1), ("7b", 6.6)]
+)
+def test_parameter_counts_of_the_larger_sizes(name, billions):
+    size = SIZES[name]
+    config = LlamaGenConfig(
+        num_layers=size.num_layers,
+        width=size.width,
+        num_heads=size.num_heads,
+        mlp_width=size.mlp_width,
+        codebook_size=16384,
+        num_classes=1000,
+        grid_size=(16, 16),
+    )
+    shapes = jax.eval_shape(build.init_model(config), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert round(count / 1e9, 1) == billions
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ ROOMS = {
     "stores": {"pictures", "data", "checkpoints"},
     "photo_edit": {"generator", "data"},
     "asked": {"loading", "models", "text"},
+    "drafts": {"loading", "generation", "build.models", "models", "tokenizers", "decoding"}
+    | {"masking"},
     "training": {"masking"},
     "decoding": {"masking"},
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints", "hub"},
@@ -36,7 +38,7 @@ ROOMS = {
     | {"hub", "workdir", "config"},
     "generation": {"build.models", "models", "tokenizers", "decoding", "sharding"} | {"pictures"},
     "generator": {"build.models", "build.sizes", "models", "tokenizers", "text", "decoding"}
-    | {"masking", "generation", "loading", "editing", "sharding", "pictures"},
+    | {"masking", "generation", "loading", "drafts", "editing", "sharding", "pictures"},
     "evaluation": {"generator", "generation", "loading", "bulk", "workdir", "checkpoints"}
     | {"build.models", "tokenizers", "decoding", "data", "evals", "masking", "sharding"},
 }
