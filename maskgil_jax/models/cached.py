@@ -23,7 +23,8 @@ class Cache:
 
     Attributes:
         layers: keys and values of every layer.
-        lengths: int32 [b], prefilling tokens that count, of each image; `None` where all do.
+        lengths: int32 [b], how many of the prefilling tokens count, of each image: the last ones,
+            padding stands in front; `None` where all do.
     """
 
     layers: tuple[LayerCache, ...]
@@ -91,6 +92,32 @@ class CachedTransformer:
             grown.append(cache)
         norm: Any = make_norm("rms", self.config, "final_norm")
         return norm.apply({"params": self.final_norm}, x).astype(x.dtype), tuple(grown)
+
+
+def look_back(
+    position: Int[Array, ""] | int,
+    count: int,
+    live: int,
+    prefix_length: int,
+    lengths: Int[Array, " b"] | None = None,
+) -> Bool[Array, "#b l s"]:
+    """Return where new positions may look: at themselves and at those before them that count.
+
+    Args:
+        position: place of the first new one, may be traced.
+        count: how many there are, l.
+        live: positions of the cache that are read, s.
+        prefix_length: prefilling tokens, padding included.
+        lengths: how many of them count, the last ones; all if `None`.
+    """
+    keys = jnp.arange(live)
+    mask = (keys[None] <= position + jnp.arange(count)[:, None])[None]
+    if lengths is None:
+        return mask
+    # What is padding itself looks at itself: a softmax over nothing is no number.
+    is_own = keys[None] == position + jnp.arange(count)[:, None]
+    counts = keys[None] >= (prefix_length - lengths)[:, None]
+    return mask & (counts[:, None] | is_own[None])
 
 
 def cast_kernels(params: Any, dtype: str) -> Any:

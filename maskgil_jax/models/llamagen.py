@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
 from maskgil_jax.models.base import ClassModelConfig
-from maskgil_jax.models.cached import Cache, CachedTransformer, cast_kernels
+from maskgil_jax.models.cached import Cache, CachedTransformer, cast_kernels, look_back
 from maskgil_jax.models.conditioning import Embedding, Labels
 from maskgil_jax.models.maskgil import Head, stack_config
 from maskgil_jax.models.transformer import (
@@ -203,9 +203,9 @@ class CachedLlamaGen:
         position = self.prefix_length + index
         x = self.module.apply(self.variables, tokens[:, None], method="embed_tokens")
         rope = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.rope), position, 1)
-        mask = (jnp.arange(live) <= position)[None, None]
+        mask = look_back(position, 1, live, self.prefix_length, cache.lengths)
         x, caches = self.transformer.extend(x, rope, mask, cache.layers, position)
-        return self._logits(x), Cache(caches)
+        return self._logits(x), Cache(caches, cache.lengths)
 
     def _logits(self, x: Float[Array, "b 1 e"]) -> Float[Array, "b v"]:
         return self.module.apply(self.variables, x, method="logits")[:, 0]
