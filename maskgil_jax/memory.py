@@ -30,7 +30,7 @@ _SETTINGS = {
 
 def has_accelerator() -> bool:
     """Return whether JAX may find other devices than the CPU; does not initialise them."""
-    if platforms := jax.config.read("jax_platforms"):
+    if platforms := getattr(jax.config, "jax_platforms"):  # noqa: B009 (mypy does not know it)
         return platforms != "cpu"
     plugins = importlib.util.find_spec("jax_plugins")
     folders = list(plugins.submodule_search_locations or ()) if plugins else []

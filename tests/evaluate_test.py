@@ -177,3 +177,29 @@ def test_a_sampler_setting_is_read_with_its_type(files, capsys):
     with pytest.raises(SystemExit):
         run(files, "--workdir=w", "--num_steps=two")
     assert "num_steps=two: 'two' is no int" in capsys.readouterr().err
+
+
+def test_shares_of_a_causal_model_are_swept(files, generator, monkeypatch, tmp_path_factory):
+    directory = tiny.make_tokenizer_dir(tmp_path_factory.mktemp("u") / "vq")
+    causal = tiny.make_generator(directory, "llamagen").model
+    fused = ImageGenerator(generator.model, generator.tokenizer, ar_model=causal, batch_size=4)
+    monkeypatch.setattr(ImageGenerator, "from_checkpoint", lambda workdir, **_: fused)
+    arguments = ["--workdir=w", "--ar_checkpoint=a", "--num_images=6", "--metrics=fid"]
+    report = run(files, *arguments, "--sweep=ar_share=1,0.5,0")
+    assert [point["swept"] for point in report["points"]] == [
+        {"ar_share": share} for share in (1.0, 0.5, 0.0)
+    ]
+    sampler = report["settings"]["samples"]["sampler"] if "settings" in report else None
+    assert sampler is None or sampler["ar_model"] == causal.fingerprint
+    figures = [point["figures"]["fid"] for point in report["points"]]
+    assert len(set(figures)) == 3
+    alone = run(files, *arguments, "--ar_share=0.5", out="y.json")
+    assert alone["figures"]["fid"] == figures[1]
+    monkeypatch.setattr(ImageGenerator, "from_checkpoint", lambda workdir, **_: generator)
+    assert "ar_share: there is no causal model" in refuse_out(files, *arguments, "--ar_share=0.5")
+
+
+def refuse_out(files, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(files, *arguments, out="z.json")
+    return str(caught.value.code)

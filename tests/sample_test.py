@@ -52,7 +52,7 @@ def tokenizer(tmp_path_factory):
 def config(tokenizer, request):
     """A MaskGIL, or the family by which a test is parametrised."""
     config = tiny.get_config()
-    config.model.family = getattr(request, "param", "maskgil")
+    tiny.set_family(config, getattr(request, "param", "maskgil"))
     config.tokenizer.path = str(tokenizer)
     return config
 
@@ -364,7 +364,8 @@ def test_model_directory_needs_a_tokenizer_and_gives_the_runs_images(
     assert checkpoints.read_model_dir(model_dir).family == config.model.family
     with pytest.raises(ValueError, match="--tokenizer"):
         sample(model_dir, tmp_path / "x.png")
-    settings = {"labels": [0, 1, 2], "num_steps": 2}
+    causal = build.find_model(config.model.family).causal
+    settings = {"labels": [0, 1, 2]} | ({"top_k": 20} if causal else {"num_steps": 2})
     sample(model_dir, tmp_path / "a.npz", tokenizer=str(tokenizer), **settings)
     sample(run_dir, tmp_path / "b.npz", **settings)
     images = [read_npz(tmp_path / name)[0] for name in ("a.npz", "b.npz")]
@@ -377,9 +378,12 @@ def test_a_loaded_model_gives_logits_that_follow_the_label(config, run_dir, mode
     model, stored = load_model(run_dir), load_model(model_dir)
     assert stored.config == model.config == build.model_config(config)
     assert build.model_config(stored.run) == stored.config
-    tokens, labels = np.full((2, 4, 4), 32), np.array([0, 2])
+    last = model.config.num_tokens - 1  # the mask, where there is one
+    tokens, labels = np.full((2, 4, 4), last), np.array([0, 2])
     logits = np.asarray(model.logits(tokens, labels))
-    assert logits.shape == (2, 16, 33)
+    assert logits.shape == (2, 16, last + 1)
+    with pytest.raises(ValueError, match=f"token {last + 1} is out of range; allowed: 0 to {last}"):
+        model.logits(tokens + 1, labels)
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
     narrow = stored.logits(tokens.astype(np.uint16), labels.astype(np.uint8))
     np.testing.assert_array_equal(narrow, logits)
@@ -576,3 +580,28 @@ def test_two_processes_write_what_one_does(command, run_dir, tmp_path, monkeypat
         contents = [(tmp_path / folder / name).read_bytes() for folder in ("tokens", "whole")]
         assert contents[0] == contents[1]
     assert sorted(os.listdir(tmp_path)) == ["tokens", "whole"]
+
+
+def test_a_causal_model_begins_what_the_run_completes(run_dir, tokenizer, tmp_path, capsys):
+    causal = tiny.make_generator(tokenizer, "llamagen").model
+    checkpoints.write_model_dir(
+        tmp_path / "ar",
+        kind="model",
+        family="llamagen",
+        config=causal.config.to_dict(),
+        params=causal.params,
+    )
+    settings = {"labels": [0, 1], "num_steps": 2, "ar_temperature": 0.0}
+    begin = {"ar_checkpoint": str(tmp_path / "ar"), "ar_share": 0.5}
+    sample(run_dir, tmp_path / "a.npz", **begin, **settings)
+    assert "the first 50% of the tokens token by token" in capsys.readouterr().out
+    generator = ImageGenerator.from_checkpoint(run_dir, **begin)
+    expected = generator([0, 1], num_steps=2, ar_temperature=0.0)
+    np.testing.assert_array_equal(read_npz(tmp_path / "a.npz")[0], expected)
+    sample(run_dir, tmp_path / "b.npz", labels=[0, 1], num_steps=2)
+    assert (read_npz(tmp_path / "b.npz")[0] != expected).any()
+    with pytest.raises(ValueError, match="ar_temperature: there is no causal model"):
+        sample(run_dir, tmp_path / "c.npz", **settings)
+    with pytest.raises(ValueError, match="share 2.0 of the tokens is out of range"):
+        sample(run_dir, tmp_path / "c.npz", **begin | {"ar_share": 2.0}, **settings)
+    assert not (tmp_path / "c.npz").exists()

@@ -49,6 +49,16 @@ def get_config(preset: str = "recommended"):
     return config
 
 
+def set_family(config, family: str) -> None:
+    """Choose a model family, and leave alone what its decoder has not."""
+    from maskgil_jax import config as schema
+    from maskgil_jax.build import models as build
+
+    config.model.family = family
+    if build.find_model(family).causal:
+        config.sampler.num_steps = schema.default().sampler.num_steps
+
+
 def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
     """Write a LlamaGen-VQ with random weights: 32 codes, 4× down-sampling."""
     import jax
@@ -90,7 +100,6 @@ def make_generator(
     import jax
     from flax import linen as nn
 
-    from maskgil_jax import config as schema
     from maskgil_jax import generator, loading, sharding
     from maskgil_jax.build import models as build
 
@@ -100,10 +109,8 @@ def make_generator(
         config.model.grid_size = (4, 4)
         config.data.update(image_size=(16, 16), buckets="listed")
         config.data.bucket_sizes = ((16, 16), (16, 24))
-    config.model.family = family
+    set_family(config, family)
     config.model.update(fields or {})
-    if family == "llamagen":
-        config.sampler.num_steps = schema.default().sampler.num_steps  # which it has not
     model = build.model_config(config)
     rng = np.random.default_rng(0)
 

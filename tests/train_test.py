@@ -148,7 +148,7 @@ def test_two_processes_compute_what_one_does(inputs, finished, tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_still_ends_alike(
     config, family, tmp_path, capsys
 ):
-    config.model.family = family
+    tiny.set_family(config, family)
     config.training.num_steps, config.logging.checkpoint_every = 6, 2
     train(config, tmp_path / "whole")
     config.training.num_steps = 4

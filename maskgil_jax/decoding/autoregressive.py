@@ -7,6 +7,7 @@ Reference: LlamaGen `autoregressive/models/generate.py`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -163,7 +164,7 @@ def make_spans(count: int, prefix_length: int, guided: int) -> list[Span]:
     ends = {i for i in range(1, count) if (prefix_length + i) % _LIVE_BLOCK == 0}
     starts = sorted({1, *(end + 1 for end in ends), guided} & set(range(1, count)))
     spans = []
-    for first, end in zip(starts, [*starts[1:], count], strict=True):
+    for first, end in itertools.pairwise([*starts, count]) if starts else ():
         live = -(-(prefix_length + end - 1) // _LIVE_BLOCK) * _LIVE_BLOCK
         spans.append(Span(first, end, min(live, total), first < guided))
     return spans

@@ -111,3 +111,55 @@ def test_logits_from_a_cache_are_those_of_the_whole_sequence(changes):
     whole = logits_of(config, random_params(config), tokens, labels)
     one_by_one = cached_logits(config, random_params(config), tokens.reshape(3, 12), labels, None)
     np.testing.assert_allclose(one_by_one, whole, atol=1e-5, rtol=0)
+
+
+@quick
+def test_a_token_is_predicted_from_those_before_it_alone():
+    config = LlamaGenConfig(**TINY)
+    params, rng = random_params(config), np.random.default_rng(0)
+    tokens, labels = rng.integers(0, 11, (1, 3, 4)), np.array([1])
+    base = np.asarray(logits_of(config, params, tokens, labels))
+    for place in range(12):
+        changed = tokens.copy()
+        changed.reshape(-1)[place] = (changed.reshape(-1)[place] + 1) % 11
+        moved = np.abs(logits_of(config, params, changed, labels) - base).max((0, 2)) > 1e-6
+        np.testing.assert_array_equal(moved, np.arange(12) > place)
+    assert (
+        np.abs(logits_of(config, params, tokens, np.array([2])) - base).max((0, 2)) > 1e-6
+    ).all()
+
+
+@quick
+def test_how_much_of_the_cache_is_read_does_not_matter():
+    config = LlamaGenConfig(**TINY)
+    tokens, labels = np.random.default_rng(0).integers(0, 11, (2, 12)), np.array([0, 4])
+    exact, params = [], random_params(config)
+    for live in (13, 20):
+
+        @jax.jit
+        def run(params, live=live):
+            model = config.make_cached(params)
+            logits, cache = model.start(labels, 19)
+            rows = [logits]
+            for i in range(11):
+                needed = live if live == 20 else i + 2
+                logits, cache = model.step(jnp.asarray(tokens[:, i]), i, needed, cache)
+                rows.append(logits)
+            return jnp.stack(rows)
+
+        exact.append(run(params))
+    np.testing.assert_allclose(exact[0], exact[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cond_rope": "table"}, "cond_rope 'table' is unknown; allowed: identity, zero"),
+        ({"num_heads": 16}, "divisible by 4, not 2"),
+        ({"rope_base": 0.0}, "rope_base 0.0 must be more than 0"),
+        ({"embedding_dropout": 1.0}, "embedding_dropout 1.0 is out of range"),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaGenConfig(**TINY | changes)
