@@ -10,7 +10,7 @@ import numpy as np
 
 from maskgil_jax import loading
 from maskgil_jax.models import conditioning
-from maskgil_jax.models.maskgil_text import MaskGILTextConfig
+from maskgil_jax.models.captions import CaptionModelConfig
 from maskgil_jax.text.prompts import check_prompts
 
 
@@ -48,7 +48,7 @@ class Asked:
             ValueError: if a label, a prompt or a number is not allowed, there is nothing to show,
                 or it is not what the model is conditioned on.
         """
-        if isinstance(model.config, MaskGILTextConfig):
+        if isinstance(model.config, CaptionModelConfig):
             if labels is not None or num_per_class != 1:
                 raise ValueError(
                     "the model is conditioned on captions; give --prompt and --num_per_prompt, not "

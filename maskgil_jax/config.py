@@ -73,10 +73,11 @@ def default() -> ConfigDict:
     config.init_from = ""
     config.seed = 0  # seed of parameters, data order, masks and dropout
 
-    # See MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig, LlamaGenConfig.
+    # See MaskGILConfig, MaskGILTextConfig, BidirectionalTransformerConfig, LlamaGenConfig,
+    # LlamaGenTextConfig.
     model = config.model = ConfigDict()
     # maskgil (the Bidirectional LLaMA, of classes) | maskgil-text (the same, of captions) |
-    # bidirectional-transformer | llamagen (causal, of classes)
+    # bidirectional-transformer | llamagen (causal, of classes) | llamagen-text (of captions)
     model.family = "maskgil"
     model.num_layers = 12
     model.width = 768
@@ -108,7 +109,7 @@ def default() -> ConfigDict:
     model.byte_heads = 4
     model.byte_patch = 1  # bytes that make one prefilling token
     model.ngram_rows = 2048  # of the tables of two to five bytes in a row; 0: bytes alone
-    model.null_length = 1  # tokens of the learned null caption
+    model.null_length = 1  # tokens of the learned null caption of maskgil-text
 
     tokenizer = config.tokenizer = ConfigDict()
     # Model directory, here or hf://owner/repo[/folder][@revision], or run directory of a tokenizer;

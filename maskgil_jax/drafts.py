@@ -13,7 +13,9 @@ from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
 from maskgil_jax.decoding.fusion import count_drawn
 from maskgil_jax.generation import Draft, place
 from maskgil_jax.masking import check_choice
-from maskgil_jax.models.base import ClassModelConfig, TokenModelConfig
+from maskgil_jax.models.base import TokenModelConfig, count_classes
+from maskgil_jax.models.captions import CaptionModelConfig
+from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 
 # In front of the names of its settings, where those of both models are given together.
@@ -127,13 +129,9 @@ def check_together(causal: TokenModelConfig, completes: TokenModelConfig) -> Non
         first, second = getattr(causal, name), getattr(completes, name)
         if first != second:
             problems.append(f"{name} is {first} and {second}")
-    classes = [
-        model.num_classes if isinstance(model, ClassModelConfig) else None
-        for model in (causal, completes)
-    ]
-    if classes[0] != classes[1]:
-        names = ["captions" if count is None else f"{count} classes" for count in classes]
-        problems.append(f"they are conditioned on {names[0]} and on {names[1]}")
+    conditions = [_describe_condition(model) for model in (causal, completes)]
+    if conditions[0] != conditions[1]:
+        problems.append(f"they are conditioned on {conditions[0]} and on {conditions[1]}")
     if problems:
         raise ValueError(
             "a causal model and the model that completes its images do not go together: "
@@ -141,18 +139,31 @@ def check_together(causal: TokenModelConfig, completes: TokenModelConfig) -> Non
         )
 
 
-def load_drafting(path: os.PathLike | str, tokenizer: Tokenizer) -> loading.Model:
-    """Load a causal model, and check that it was trained on the codes of a tokenizer.
+def _describe_condition(model: TokenModelConfig) -> str:
+    """Return what a model is conditioned on, the same for two models that read the same."""
+    if not isinstance(model, CaptionModelConfig):
+        return f"{count_classes(model)} classes"
+    width = f" of width {model.text_width}" if model.text == "features" else ""
+    return f"captions of up to {model.text_length} {model.text}{width}"
 
-    A model directory names no tokenizer; of it only the number of codes is known.
+
+def load_drafting(
+    path: os.PathLike | str, tokenizer: Tokenizer, text_encoder: TextEncoder | None = None
+) -> loading.Model:
+    """Load a causal model, and check that it was trained on what another model is given.
+
+    A model directory names no tokenizer and no text encoder; of it only the number of codes and the
+    width of the features are known.
 
     Args:
         path: run directory or model directory, here or on the hub.
         tokenizer: of the model that completes its images.
+        text_encoder: of that model, if it reads features.
 
     Raises:
         FileNotFoundError: if there is no model, or no checkpoint of it yet.
-        ValueError: if it is damaged, or its run names a tokenizer with other weights.
+        ValueError: if it is damaged, or its run names another tokenizer or text encoder.
+        ImportError: if a library that its text encoder needs is not installed.
     """
     model = loading.load_model(path)
     if named := model.run.tokenizer.path:
@@ -161,5 +172,12 @@ def load_drafting(path: os.PathLike | str, tokenizer: Tokenizer) -> loading.Mode
             raise ValueError(
                 f"{path} was trained on the codes of {named}, whose weights are not those of the "
                 "other model's tokenizer; both models must share one"
+            )
+    if text_encoder is not None and model.run.text.encoder:
+        read = loading.open_text_encoder(model, path)
+        if read is not None and read.fingerprint != text_encoder.fingerprint:
+            raise ValueError(
+                f"{path} was trained on the features of {read.name}, whose weights or settings are "
+                f"not those of the other model's, {text_encoder.name}; both models must share one"
             )
     return model

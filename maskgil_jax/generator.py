@@ -32,8 +32,8 @@ from maskgil_jax.generation import (
 )
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.captions import CaptionModelConfig
 from maskgil_jax.models.conditioning import check_range
-from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.pictures import grey_out, to_float
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -162,12 +162,14 @@ class ImageGenerator:
         vq = loading.open_tokenizer(
             model, path, tokenizer, dtype=tokenizer_dtype, tile_size=tile_size
         )
+        encoder = loading.open_text_encoder(model, path, text_encoder)
+        ar_model = None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq, encoder)
         return cls(
             model,
             vq,
-            ar_model=None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq),
+            ar_model=ar_model,
             ar_share=ar_share,
-            text_encoder=loading.open_text_encoder(model, path, text_encoder),
+            text_encoder=encoder,
             batch_size=batch_size,
             mesh=mesh,
             batch_invariant=batch_invariant,
@@ -490,7 +492,7 @@ class ImageGenerator:
     ) -> tuple[Any, Any]:
         """Return the condition, and what guidance leads away from if it is not "no condition"."""
         model = self.model.config
-        if not isinstance(model, MaskGILTextConfig):
+        if not isinstance(model, CaptionModelConfig):
             if labels is None or (prompts, negative_prompt) != (None, None):
                 raise ValueError(
                     f"a model of family {model.family!r} is conditioned on classes: give labels, "

@@ -24,8 +24,8 @@ from maskgil_jax.build import models as build
 from maskgil_jax.convert.files import open_checkpoint
 from maskgil_jax.evals.inception import Inception, InceptionConfig
 from maskgil_jax.models.base import TokenModelConfig, count_classes
+from maskgil_jax.models.captions import CaptionModelConfig
 from maskgil_jax.models.conditioning import check_range
-from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.text.gemma import GemmaConfig
 from maskgil_jax.text.gemma_encoder import GemmaEncoder
@@ -227,7 +227,7 @@ def open_text_encoder(
     """
     shape, run = model.config, model.run
     chosen = path or run.text.encoder
-    if not isinstance(shape, MaskGILTextConfig) or shape.text != "features":
+    if not isinstance(shape, CaptionModelConfig) or shape.text != "features":
         if path:
             raise ValueError(f"the model in {workdir} reads no features; leave {path} out")
         return None

@@ -199,14 +199,16 @@ def sample(
     sampler = {name: value for name, value in sampler.items() if value is not None}
     model = loading.load_model(workdir)
     vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
+    encoder = loading.open_text_encoder(model, workdir, text_encoder)
+    ar_model = None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq, encoder)
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     generator = ImageGenerator(
         model,
         vq,
-        ar_model=None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq),
+        ar_model=ar_model,
         ar_share=ar_share,
-        text_encoder=loading.open_text_encoder(model, workdir, text_encoder),
+        text_encoder=encoder,
         batch_size=batch_size,
         mesh=mesh,
         batch_invariant=batch_invariant,

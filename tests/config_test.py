@@ -172,6 +172,7 @@ def test_every_config_file_builds(path, preset):
         ("llamagen_xl", 774.7),
         ("llamagen_xxl", 1411.0),
         ("llamagen_3b", 3096.7),
+        ("llamagen_t2i_xl", 777.9),
     ],
 )
 def test_config_files_of_the_sizes_hold_the_papers_tables(name, millions):

@@ -1,7 +1,8 @@
 """The smallest real run: a random tokenizer, a folder of pictures, a one-layer model.
 
 As a config file: `--config tests/tiny.py --config.data.path=… --config.tokenizer.path=…`; or
-`--config tests/tiny.py:captions --config.tokenizer.path=…`, which learns from captions.
+`--config tests/tiny.py:captions --config.tokenizer.path=…`, which learns from captions, and
+`causal_captions`, which learns to draw token by token from them.
 """
 
 import os
@@ -18,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def get_config(preset: str = "recommended"):
     from maskgil_jax import config as schema
 
-    captions = preset == "captions"
+    captions = preset in ("captions", "causal_captions")
     config = schema.preset("recommended" if captions else preset)
     config.model.update(
         num_layers=1,
@@ -46,6 +47,9 @@ def get_config(preset: str = "recommended"):
         config.model.grid_size = (16, 16)
         config.data.update(name="canvases", flip=False, image_size=(64, 64))
         config.data.buckets, config.data.bucket_sizes = "listed", ((64, 64), (64, 96))
+    if preset == "causal_captions":
+        config.model.family = "llamagen-text"
+        config.sampler.num_steps = schema.default().sampler.num_steps  # which it has not
     return config
 
 
@@ -104,7 +108,7 @@ def make_generator(
     from maskgil_jax.build import models as build
 
     config = get_config()
-    if family == "maskgil-text":
+    if family in ("maskgil-text", "llamagen-text"):
         config = get_config("captions")
         config.model.grid_size = (4, 4)
         config.data.update(image_size=(16, 16), buckets="listed")

@@ -312,3 +312,24 @@ def test_a_second_stage_begins_with_the_parameters_of_the_first(finished, config
     with pytest.raises(ValueError, match="other shapes than the run's model: .*width 32 there, 64"):
         train(config, tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_a_causal_model_learns_from_captions_and_draws_from_prompts(tokenizer, tmp_path, capsys):
+    config = tiny.get_config("causal_captions")
+    config.tokenizer.path = str(tokenizer)
+    config.data.update(buckets="none", bucket_sizes=())
+    config.optimizer.learning_rate = 1e-2
+    config.training.update(num_steps=8, condition_dropout=0.3)
+    config.logging.every = 1
+    train(config, tmp_path / "run")
+    learned = losses(capsys.readouterr().out)
+    assert learned[8] < learned[1]
+    assert (tmp_path / "run" / "samples" / "0000008.png").is_file()
+    generator = ImageGenerator.from_checkpoint(tmp_path / "run")
+    assert {"byte_encoder", "caption_embed"} <= generator.model.params.keys()
+    tokens = generator.tokens(prompts=["a red seven"], seed=1)
+    assert tokens.shape == (1, 16, 16)
+    config.model.null_length = 2
+    with pytest.raises(ValueError, match="model.null_length 2 has no meaning for .*llamagen-text"):
+        train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

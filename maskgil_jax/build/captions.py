@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maskgil_jax import sharding
+from maskgil_jax.build.models import MODELS, find_model
 from maskgil_jax.build.sizes import bucket_sizes
 from maskgil_jax.data import transforms
 from maskgil_jax.data.buckets import Size, format_size
@@ -18,13 +19,14 @@ from maskgil_jax.data.captions import read_caption_folder, read_json_lines
 from maskgil_jax.data.pipeline import Source
 from maskgil_jax.data.webdataset import read_webdataset
 from maskgil_jax.masking import check_choice
-from maskgil_jax.models.maskgil_text import MaskGILTextConfig
+from maskgil_jax.models.captions import CaptionModelConfig
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.text.gemma_encoder import GemmaEncoder
 from maskgil_jax.text.prompts import encode_bytes
 
 FORMATS = ("folder", "jsonl", "webdataset", "tfds")
 DATASETS = ("captions", "canvases", "tokens")  # that have captions, tokens if extracted so
+FAMILIES = tuple(name for name, kind in MODELS.items() if issubclass(kind, CaptionModelConfig))
 _LOOKED_AT = 200  # captions that are looked at before a run, in all buckets together
 # Fields of captions, as they must be where there are none.
 _UNUSED: dict[str, Any] = {
@@ -39,8 +41,14 @@ _UNUSED: dict[str, Any] = {
 
 
 def is_captioned(config: ConfigDict) -> bool:
-    """Return whether a run learns from captions."""
-    return config.kind == "maskgil" and config.model.family == MaskGILTextConfig.family
+    """Return whether a run learns from captions.
+
+    Raises:
+        ValueError: if its model is of no known family.
+    """
+    return config.kind == "maskgil" and issubclass(
+        find_model(config.model.family), CaptionModelConfig
+    )
 
 
 def open_dataset(data: ConfigDict) -> Source:
@@ -79,20 +87,20 @@ def check_settings(config: ConfigDict) -> None:
             wrong = config.kind == "tokenizer"
             what = "a tokenizer" if wrong else f"family {config.model.family!r}"
             raise ValueError(
-                f"data.name 'captions' is for models of texts ({MaskGILTextConfig.family}); {what} "
+                f"data.name 'captions' is for models of texts ({', '.join(FAMILIES)}); {what} "
                 "would not learn from the captions"
             )
         _refuse(config, _UNUSED, f"data.name {data.name!r} has no captions")
         if config.text.encoder:
             raise ValueError(
                 f"text.encoder {config.text.encoder} is for model.family "
-                f"{MaskGILTextConfig.family!r}, not {config.model.family!r}"
+                f"{' or '.join(map(repr, FAMILIES))}, not {config.model.family!r}"
             )
         return
     if data.name not in DATASETS:
         raise ValueError(
             f"data.name {data.name!r} has no captions; allowed with model.family "
-            f"{MaskGILTextConfig.family!r}: {', '.join(DATASETS)}"
+            f"{config.model.family!r}: {', '.join(DATASETS)}"
         )
     _check_fields(config)
     if (config.model.text == "features") != bool(config.text.encoder):

@@ -18,8 +18,9 @@ from maskgil_jax.decoding.sampler import SamplerConfig
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
-from maskgil_jax.models.captions import Caption
-from maskgil_jax.models.llamagen import LlamaGenConfig
+from maskgil_jax.models.captions import Caption, CaptionModelConfig
+from maskgil_jax.models.llamagen import CausalModelConfig, LlamaGenConfig
+from maskgil_jax.models.llamagen_text import LlamaGenTextConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.text.base import TextEncoder
@@ -41,6 +42,7 @@ MODELS: dict[str, type[TokenModelConfig]] = {
         MaskGILTextConfig,
         BidirectionalTransformerConfig,
         LlamaGenConfig,
+        LlamaGenTextConfig,
     )
 }
 ASSET = "asset:"
@@ -76,14 +78,14 @@ def model_config(config: ConfigDict) -> TokenModelConfig:
     return family(**{name: value for name, value in fields.items() if name in known})
 
 
-def text_model_config(config: ConfigDict) -> MaskGILTextConfig:
+def text_model_config(config: ConfigDict) -> CaptionModelConfig:
     """Return the model section of a run that learns from captions, validated.
 
     Raises:
         ValueError: as `model_config`, or if the family is another one.
     """
     model = model_config(config)
-    if not isinstance(model, MaskGILTextConfig):
+    if not isinstance(model, CaptionModelConfig):
         raise ValueError(f"model.family {model.family!r} is not conditioned on captions")
     return model
 
@@ -233,7 +235,7 @@ def check_fit(config: ConfigDict, spec: TokenizerSpec, num_classes: int | None) 
 
 def check_text_encoder(config: TokenModelConfig, encoder: TextEncoder) -> None:
     """Raise a `ValueError` unless a model reads the features of a text encoder."""
-    if not isinstance(config, MaskGILTextConfig) or config.text != "features":
+    if not isinstance(config, CaptionModelConfig) or config.text != "features":
         raise ValueError(
             f"a model of family {config.family!r} that reads "
             f"{getattr(config, 'text', 'classes')} has no use for a text encoder"
@@ -247,7 +249,7 @@ def check_text_encoder(config: TokenModelConfig, encoder: TextEncoder) -> None:
 
 
 def read_prompts(
-    config: MaskGILTextConfig,
+    config: CaptionModelConfig,
     prompts: Sequence[str],
     encoder: TextEncoder | None = None,
     *,
@@ -338,7 +340,7 @@ def make_causal_predictor(
     Raises:
         ValueError: if the model is not causal.
     """
-    if not isinstance(config, LlamaGenConfig):
+    if not isinstance(config, CausalModelConfig):
         causal = ", ".join(name for name, family in MODELS.items() if family.causal)
         raise ValueError(
             f"a model of family {config.family!r} does not predict token by token; families that "

@@ -73,7 +73,8 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("report.name 'canvases' is for kind 'tokenizer'; use 'none'")
     if report == "captioned_canvases" and not captions.is_captioned(config):
         raise ValueError(
-            "report.name 'captioned_canvases' is for model.family 'maskgil-text'; use 'none'"
+            "report.name 'captioned_canvases' is for model.family "
+            f"{' or '.join(map(repr, captions.FAMILIES))}; use 'none'"
         )
     if config.kind == "tokenizer":
         vq = models.tokenizer_config(config)

@@ -34,6 +34,7 @@ _MODULES = {
     "maskgil-released": "maskgil_released",
     "maskgil-text": "maskgil_text",
     "llamagen": "llamagen",
+    "llamagen-text": "llamagen_text",
     "bidirectional-transformer": "bidirectional_transformer",
     "gemma": "gemma",
     "gemma2": "gemma2",

@@ -1,6 +1,7 @@
 """MaskGIL with captions, under the key names of LlamaGen's text models (`model_type="t2i"`)."""
 
 import dataclasses
+from typing import Any
 
 from maskgil_jax.convert import maskgil
 from maskgil_jax.convert.inference import SizeReader
@@ -25,6 +26,36 @@ RULES = (
 LAYOUT = {"text": "features", "rope_base": 10000.0, "norm_eps": 1e-5}
 
 
+def read_captioned(
+    name: str,
+    state: StateDict,
+    *,
+    num_heads: int | None,
+    qk_norm: str | None,
+    post_norm: str | None,
+) -> tuple[int, dict[str, Any]]:
+    """Infer what a state dict tells of a model with captions.
+
+    Returns:
+        the rows of its head, and fields of its config.
+
+    Raises:
+        ConversionError: tensors that carry the sizes are missing.
+    """
+    read = SizeReader(name, state, RULES)
+    sizes = read_transformer(read)
+    rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
+    length = read.size("caption length", (rf"{_CAPTION}\.uncond_embedding", 0))
+    width = read.size(
+        "width of the features",
+        (rf"{_CAPTION}\.uncond_embedding", 1),
+        (rf"{_CAPTION}\.cap_proj\.fc1\.weight", 1),
+    )
+    read.finish()
+    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
+    return rows, {**sizes, **options, "text_length": length, "text_width": width}
+
+
 def infer_config(
     state: StateDict,
     *,
@@ -42,26 +73,15 @@ def infer_config(
     Raises:
         ConversionError: tensors that carry the sizes are missing, or the sizes make no model.
     """
-    read = SizeReader(NAME, state, RULES)
-    sizes = read_transformer(read)
-    rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
-    length = read.size("caption length", (rf"{_CAPTION}\.uncond_embedding", 0))
-    width = read.size(
-        "width of the features",
-        (rf"{_CAPTION}\.uncond_embedding", 1),
-        (rf"{_CAPTION}\.cap_proj\.fc1\.weight", 1),
+    rows, fields = read_captioned(
+        NAME, state, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm
     )
-    read.finish()
-    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
     return build_config(
         NAME,
         MaskGILTextConfig,
-        **sizes,
-        **options,
         codebook_size=rows - 1,
-        text_width=width,
-        text_length=length,
-        null_length=length,
+        null_length=fields["text_length"],
+        **fields,
         grid_size=grid_size,
         cond_rope=cond_rope,
         **LAYOUT,

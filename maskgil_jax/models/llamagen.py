@@ -1,7 +1,8 @@
 """LlamaGen: the causal LLaMA over image tokens in raster order.
 
-The condition is a prefilling token in front of the image tokens. Training sees all tokens at once,
-each of them predicted from those before it; decoding goes token by token, with a cache.
+The condition is prefilling tokens in front of the image tokens: one for a class, here; those of a
+caption in `llamagen_text.py`. Training sees all tokens at once, each of them predicted from those
+before it; decoding goes token by token, with a cache.
 
 Reference: Sun et al., 2024, "Autoregressive Model Beats Diffusion"; LlamaGen
 `autoregressive/models/gpt.py`; MaskGIL Figure 3 and Tables A.1 and A.2.
@@ -17,34 +18,33 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
-from maskgil_jax.models.base import ClassModelConfig
+from maskgil_jax.models.base import ClassModelConfig, TokenModelConfig
 from maskgil_jax.models.cached import Cache, CachedTransformer, cast_kernels, look_back
 from maskgil_jax.models.conditioning import Embedding, Labels
-from maskgil_jax.models.maskgil import Head, stack_config
+from maskgil_jax.models.maskgil import Head
 from maskgil_jax.models.transformer import (
     Transformer,
     TransformerConfig,
-    causal_mask,
     check_choices,
+    stack_config,
 )
 
 _CHOICES = {"cond_rope": ("identity", "zero")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaGenConfig(ClassModelConfig, TransformerConfig):
-    """Shape and options of a class-conditional LlamaGen.
+class CausalModelConfig(TokenModelConfig, TransformerConfig):
+    """Shape and options of a LlamaGen, whatever it is conditioned on.
 
     Attributes:
-        cond_rope: row of the condition token: `identity` (cos 1, sin 0), or `zero` (cos = sin = 0),
-            which the published weights were trained with.
+        cond_rope: rows of the condition's tokens: `identity` (cos 1, sin 0), or `zero` (cos = sin =
+            0), which the published weights were trained with.
         rope_base: base of the rotary frequencies.
         rope_interpolation: whether another grid than the configured one is spread over its
             positions, instead of reaching beyond them.
         embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
     """
 
-    family: ClassVar[str] = "llamagen"
     causal: ClassVar[bool] = True
 
     cond_rope: str = "identity"
@@ -54,7 +54,7 @@ class LlamaGenConfig(ClassModelConfig, TransformerConfig):
 
     def __post_init__(self):
         TransformerConfig.__post_init__(self)
-        ClassModelConfig.__post_init__(self)
+        TokenModelConfig.__post_init__(self)
         check_choices(self, _CHOICES)
         check_rope(self.rope_base, self.head_dim)
         if not 0 <= self.embedding_dropout < 1:
@@ -62,9 +62,10 @@ class LlamaGenConfig(ClassModelConfig, TransformerConfig):
                 f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"
             )
 
-    def make_module(self) -> "LlamaGen":
-        """Return the Flax module."""
-        return LlamaGen(self)
+    @property
+    def num_prefill(self) -> int:
+        """Number of prefilling tokens, padding included."""
+        return 1
 
     def make_cached(
         self, params: Any, grid_size: tuple[int, int] | None = None
@@ -73,20 +74,31 @@ class LlamaGenConfig(ClassModelConfig, TransformerConfig):
         return CachedLlamaGen.take_apart(self, params, grid_size or self.grid_size)
 
     def rope_table(self, grid_size: tuple[int, int] | None = None) -> np.ndarray:
-        """Return the rotary table of the condition token and the image tokens.
+        """Return the rotary table of the condition's tokens and the image tokens.
 
         Args:
             grid_size: grid to make the table for; the configured one if `None`.
 
         Returns:
-            float32 [1 + gh·gw, head_dim/2, 2].
+            float32 [num_prefill + gh·gw, head_dim/2, 2].
         """
         span = self.grid_size if self.rope_interpolation else None
-        condition = rope_lib.condition_rows(1, self.head_dim, self.cond_rope)
+        condition = rope_lib.condition_rows(self.num_prefill, self.head_dim, self.cond_rope)
         grid = grid_size or self.grid_size
         return np.concatenate(
             [condition, rope_lib.rope_2d(grid, self.head_dim, self.rope_base, span)]
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaGenConfig(ClassModelConfig, CausalModelConfig):
+    """Shape and options of a class-conditional LlamaGen."""
+
+    family: ClassVar[str] = "llamagen"
+
+    def make_module(self) -> "LlamaGen":
+        """Return the Flax module."""
+        return LlamaGen(self)
 
 
 def check_rope(rope_base: float, head_dim: int) -> None:
@@ -97,43 +109,50 @@ def check_rope(rope_base: float, head_dim: int) -> None:
         raise ValueError(f"2D RoPE needs a head dimension divisible by 4, not {head_dim}")
 
 
-class LlamaGen(nn.Module):
-    """Causal LLaMA with a class token as its condition."""
+class CausalModel(nn.Module):
+    """Causal LLaMA behind the tokens of a condition, which a family's `embed_condition` gives."""
 
-    config: LlamaGenConfig
+    config: Any  # of the family, a `CausalModelConfig`
 
     def setup(self):
-        """Create the submodules."""
+        """Create the submodules that do not depend on what the condition is."""
         cfg = self.config
         self.token_embed = Embedding(cfg.codebook_size, cfg.width)
-        self.label_embed = Embedding(cfg.num_classes + 1, cfg.width)
         self.dropout = nn.Dropout(cfg.embedding_dropout)
         self.transformer = Transformer(stack_config(cfg))
         self.head = Head(cfg)
 
     def __call__(
-        self, tokens: Int[Array | np.ndarray, "b gh gw"], labels: Labels, train: bool = False
+        self, tokens: Int[Array | np.ndarray, "b gh gw"], condition: Any, train: bool = False
     ) -> Float[Array, "b l v"]:
         """Return float32 logits [b, gh·gw, K], of every token from those before it.
 
         Args:
             tokens: codes 0…K-1; the grid may differ from the configured one.
-            labels: classes 0…C-1, or C for "no condition"; or float mixtures of them [b, C+1].
+            condition: what the images show, as the family takes it.
             train: whether dropout is on (needs an rng named `dropout`).
         """
         cfg = self.config
         b, gh, gw = tokens.shape
+        prefix, lengths = self.embed_condition(condition)
         # Nothing is predicted from the last token.
         before = self.token_embed(tokens.reshape(b, gh * gw)[:, :-1])
-        x = jnp.concatenate([self.embed_condition(labels), before], axis=1)
+        x = jnp.concatenate([prefix.astype(before.dtype), before], axis=1)
         x = self.dropout(x, deterministic=not train)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        table = cfg.rope_table((gh, gw))[: gh * gw]
-        return self.head(self.transformer(x, table, causal_mask(gh * gw), train=train))
+        length = x.shape[1]
+        mask = look_back(0, length, length, prefix.shape[1], lengths)
+        x = self.transformer(x, cfg.rope_table((gh, gw))[:length], mask, train=train)
+        return self.head(x[:, prefix.shape[1] - 1 :])
 
-    def embed_condition(self, labels: Labels) -> Float[Array, "b 1 e"]:
-        """Return the prefilling token of every image."""
-        return self.label_embed.embed_labels(labels)
+    def embed_condition(
+        self, condition: Any
+    ) -> tuple[Float[Array, "b n e"], Int[Array, " b"] | None]:
+        """Return the prefilling tokens of every image and how many count, the last ones.
+
+        All do if the number is `None`.
+        """
+        raise NotImplementedError
 
     def embed_tokens(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l e"]:
         """Look up codes."""
@@ -142,6 +161,22 @@ class LlamaGen(nn.Module):
     def logits(self, features: Float[Array, "b l e"]) -> Float[Array, "b l v"]:
         """Return the logits of the tokens behind those that the features are of."""
         return self.head(features)
+
+
+class LlamaGen(CausalModel):
+    """Causal LLaMA with a class token as its condition.
+
+    Conditions are classes 0…C-1, or C for "no condition"; or float mixtures of them [b, C+1].
+    """
+
+    def setup(self):
+        """Create the submodules."""
+        super().setup()
+        self.label_embed = Embedding(self.config.num_classes + 1, self.config.width)
+
+    def embed_condition(self, condition: Labels) -> tuple[Float[Array, "b 1 e"], None]:
+        """Return the prefilling token of every image; see the base."""
+        return self.label_embed.embed_labels(condition), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,19 +188,18 @@ class CachedLlamaGen:
         variables: its parameters outside the transformer.
         transformer: the transformer's.
         rope: rotary table of the whole sequence.
+        prefix_length: prefilling tokens, padding included.
     """
 
     module: Any
     variables: Any
     transformer: CachedTransformer
     rope: np.ndarray
-
-    # Prefilling tokens.
-    prefix_length: ClassVar[int] = 1
+    prefix_length: int
 
     @classmethod
     def take_apart(
-        cls, config: LlamaGenConfig, params: Any, grid_size: tuple[int, int]
+        cls, config: CausalModelConfig, params: Any, grid_size: tuple[int, int]
     ) -> "CachedLlamaGen":
         """Return it for the parameters of the model."""
         rest = {name: tree for name, tree in params.items() if name != "transformer"}
@@ -174,19 +208,22 @@ class CachedLlamaGen:
             variables={"params": cast_kernels(rest, config.dtype)},
             transformer=CachedTransformer.take_apart(stack_config(config), params["transformer"]),
             rope=config.rope_table(grid_size),
+            prefix_length=config.num_prefill,
         )
 
-    def start(self, labels: Labels, length: int) -> tuple[Float[Array, "b v"], Cache]:
+    def start(self, condition: Any, length: int) -> tuple[Float[Array, "b v"], Cache]:
         """Read the condition: return the logits of the first token and a cache.
 
         Args:
-            labels: as the model takes them.
+            condition: as the model takes it.
             length: tokens that the cache is to hold.
         """
-        x = self.module.apply(self.variables, labels, method="embed_condition")
-        caches = self.transformer.empty(len(x), self.prefix_length + length)
-        x, caches = self.transformer.extend(x, self.rope[:1], causal_mask(1), caches, 0)
-        return self._logits(x), Cache(caches)
+        x, lengths = self.module.apply(self.variables, condition, method="embed_condition")
+        prefix = self.prefix_length
+        caches = self.transformer.empty(len(x), prefix + length)
+        mask = look_back(0, prefix, prefix, prefix, lengths)
+        x, caches = self.transformer.extend(x, self.rope[:prefix], mask, caches, 0)
+        return self._logits(x[:, -1:]), Cache(caches, lengths)
 
     def step(
         self, tokens: Int[Array, " b"], index: Int[Array, ""] | int, live: int, cache: Cache

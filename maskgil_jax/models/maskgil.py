@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Int
 from maskgil_jax.models import rope as rope_lib
 from maskgil_jax.models.base import ClassModelConfig
 from maskgil_jax.models.conditioning import Embedding, Labels
-from maskgil_jax.models.transformer import Transformer, TransformerConfig, check_choices
+from maskgil_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    check_choices,
+    stack_config,
+)
 
 _CHOICES = {
     "condition": ("first", "last"),
@@ -184,9 +189,3 @@ class MaskGIL(nn.Module):
     ) -> Float[Array, "b n v"]:
         """Return the logits of some features, whatever their positions in the image."""
         return self.head(features)
-
-
-def stack_config(config: TransformerConfig) -> TransformerConfig:
-    """Return the part of a model's configuration that is its stack's."""
-    names = [f.name for f in dataclasses.fields(TransformerConfig)]
-    return TransformerConfig(**{name: getattr(config, name) for name in names})

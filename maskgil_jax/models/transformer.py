@@ -98,6 +98,12 @@ class TransformerConfig(StackConfig):
             raise ValueError("attention 'cudnn' needs dtype 'bfloat16'; use 'xla' for float32")
 
 
+def stack_config(config: TransformerConfig) -> TransformerConfig:
+    """Return the part of a model's configuration that is its stack's."""
+    names = [f.name for f in dataclasses.fields(TransformerConfig)]
+    return TransformerConfig(**{name: getattr(config, name) for name in names})
+
+
 def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
     """Raise a `ValueError`, naming the nearest choice, where a field holds none of its choices."""
     for name, allowed in choices.items():
@@ -343,8 +349,3 @@ class Transformer(nn.Module):
         x, _ = scan_blocks(Block, cfg)(cfg, train, name="layers")(x, rope, mask, lengths)
         self.sow("intermediates", "output_norm", jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)))
         return make_norm("rms", cfg, "final_norm")(x).astype(x.dtype)
-
-
-def causal_mask(length: int) -> Bool[Array, "1 l l"]:
-    """Return the mask that lets every position see itself and those before it."""
-    return jnp.tril(jnp.ones((1, length, length), bool))

@@ -124,7 +124,7 @@ def test_captions_without_buckets_have_one_size_of_any_shape(captions):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({}, r"is for models of texts \(maskgil-text\); family 'maskgil' would not learn"),
+        ({}, r"of texts \(maskgil-text, llamagen-text\); family 'maskgil' would not learn"),
         ({"kind": "tokenizer"}, "a tokenizer would not learn from the captions"),
         ({"data.name": "folder"}, "'folder' has no captions: data.format 'folder' must be ''"),
         (

@@ -20,6 +20,7 @@ from maskgil_jax.convert import (
 from maskgil_jax.evals.inception import InceptionConfig
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
 from maskgil_jax.models.llamagen import LlamaGenConfig
+from maskgil_jax.models.llamagen_text import LlamaGenTextConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
@@ -37,6 +38,7 @@ GOLDENS = {
     "maskgil_released_tiny": "maskgil-released",
     "bidirectional_llama_t2i_tiny": "maskgil-text",
     "llamagen_ar_tiny": "llamagen",
+    "llamagen_ar_t2i_tiny": "llamagen-text",
     "bidirectional_transformer_tiny": "bidirectional-transformer",
     "inception_fid": "inception-fid",
     "gemma_tiny": "gemma",
@@ -48,7 +50,7 @@ VQ |= {"channel_multipliers": (1, 2), "num_res_blocks": 1}
 LM = {"num_layers": 2, "width": 16, "num_heads": 2, "mlp_width": 24, "codebook_size": 16}
 LM |= {"num_classes": 5, "grid_size": (2, 2)}
 TEXT = {name: value for name, value in LM.items() if name != "num_classes"}
-TEXT |= {"text_width": 10, "text_length": 7, "null_length": 7}
+TEXT |= {"text_width": 10, "text_length": 7}
 SMALL = {
     "llamagen-vq": [LlamaGenVQConfig(**VQ)],
     "maskgit-vq": [MaskGITVQConfig(**VQ)],
@@ -67,10 +69,13 @@ SMALL = {
     "maskgil-released": [MaskGILConfig(**LM, **find_family("maskgil-released").layout)],
     "bidirectional-transformer": [BidirectionalTransformerConfig(**LM)],
     "maskgil-text": [
-        MaskGILTextConfig(**TEXT, cond_rope="zero"),
-        MaskGILTextConfig(**TEXT, cond_rope="zero", qk_norm="layer", post_norm="rms"),
+        MaskGILTextConfig(**TEXT, null_length=7, cond_rope="zero"),
+        MaskGILTextConfig(
+            **TEXT, null_length=7, cond_rope="zero", qk_norm="layer", post_norm="rms"
+        ),
     ],
     "llamagen": [LlamaGenConfig(**LM, cond_rope="zero")],
+    "llamagen-text": [LlamaGenTextConfig(**TEXT, cond_rope="zero")],
     "gemma": [tiny_text.gemma_config(1)],
     "gemma2": [tiny_text.gemma_config(2)],
 }

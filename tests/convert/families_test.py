@@ -19,6 +19,7 @@ from maskgil_jax.convert import (
 from maskgil_jax.convert.rules import plan_slots
 from maskgil_jax.models.bert import BidirectionalTransformerConfig
 from maskgil_jax.models.llamagen import LlamaGenConfig
+from maskgil_jax.models.llamagen_text import LlamaGenTextConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
@@ -40,6 +41,7 @@ TINY = {
     "maskgil_released_tiny": ("maskgil-released", {"num_heads": 2}),
     "bidirectional_llama_tiny": ("maskgil", {"num_heads": 2, "grid_size": (8, 8)}),
     "llamagen_ar_tiny": ("llamagen", {"num_heads": 2, "grid_size": (8, 8)}),
+    "llamagen_ar_t2i_tiny": ("llamagen-text", {"num_heads": 2, "grid_size": (8, 8)}),
     "bidirectional_transformer_tiny": (
         "bidirectional-transformer",
         {"num_heads": 4, "num_classes": 10},
@@ -103,6 +105,8 @@ MASKGIL = {
     "num_classes": 5,
     "grid_size": (2, 3),
 }
+CAPTIONED = {name: value for name, value in MASKGIL.items() if name != "num_classes"}
+CAPTIONED |= {"text_width": 12, "text_length": 7, "cond_rope": "zero"}
 VQ = {"codebook_size": 11, "embed_dim": 6, "channels": 32, "latent_channels": 5}
 PAIRS = [
     ("llamagen-vq", LlamaGenVQConfig(codebook_size=11, channels=32, channel_multipliers=(1, 3))),
@@ -120,6 +124,7 @@ PAIRS = [
     ),
     ("llamagen", LlamaGenConfig(**MASKGIL, cond_rope="zero")),
     ("llamagen", LlamaGenConfig(**MASKGIL, qk_norm="layer", post_norm="rms")),
+    ("llamagen-text", LlamaGenTextConfig(**CAPTIONED)),
     ("bidirectional-transformer", BidirectionalTransformerConfig(**MASKGIL)),
     ("gemma", tiny_text.gemma_config(1)),
     ("gemma2", tiny_text.gemma_config(2)),

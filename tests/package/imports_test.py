@@ -24,7 +24,7 @@ ROOMS = {
     "stores": {"pictures", "data", "checkpoints"},
     "photo_edit": {"generator", "data"},
     "asked": {"loading", "models", "text"},
-    "drafts": {"loading", "generation", "build.models", "models", "tokenizers", "decoding"}
+    "drafts": {"loading", "generation", "build.models", "models", "tokenizers", "text", "decoding"}
     | {"masking"},
     "training": {"masking"},
     "decoding": {"masking"},
