@@ -62,11 +62,10 @@ def test_images_computed_alone_are_the_same_in_any_batch(tokenizer):
 
 def test_the_causal_model_begins_and_the_masked_one_completes(causal, fused):
     whole = causal.tokens(prompts=PROMPTS, seed=1).reshape(3, 16)
-    for share, count in ((0.25, 4), (0.5, 8)):
-        tokens = fused.tokens(prompts=PROMPTS, seed=1, ar_share=share).reshape(3, 16)
-        np.testing.assert_array_equal(tokens[:, :count], whole[:, :count])
-        assert (tokens[:, count:] != whole[:, count:]).any()
-        assert tokens.max() < 32
+    tokens = fused.tokens(prompts=PROMPTS, seed=1, ar_share=0.5).reshape(3, 16)
+    np.testing.assert_array_equal(tokens[:, :8], whole[:, :8])
+    assert (tokens[:, 8:] != whole[:, 8:]).any()
+    assert tokens.max() < 32
     against = dict(negative_prompt="a four", seed=1)
     whole = causal.tokens(prompts=PROMPTS, **against).reshape(3, 16)
     tokens = fused.tokens(prompts=PROMPTS, ar_share=0.5, **against).reshape(3, 16)
@@ -96,8 +95,15 @@ def test_features_must_be_of_the_same_encoder(tokenizer, causal, monkeypatch):
     @dataclasses.dataclass
     class Encoder:
         fingerprint: str
+        jittable = False
         name = "spelling"
         width, max_length = 16, 64
+
+        def tokenize(self, prompts):
+            raise AssertionError("nothing is read here")
+
+        def encode(self, ids, lengths):
+            raise AssertionError("nothing is read here")
 
     fields = causal.model.config.to_dict() | {"text": "features"}
     run = causal.model.run.copy_and_resolve_references()
