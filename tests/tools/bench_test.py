@@ -52,6 +52,7 @@ def _small_matmul(monkeypatch, _tools_importable):
     from benchmarks import timing
 
     monkeypatch.setitem(timing.MATMUL_SIDE, "cpu", 64)
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 4096)
 
 
 def make_both(**options):
@@ -398,6 +399,126 @@ def test_rows_of_the_sampler_are_ratios_of_what_they_report(row, capsys):
     assert abs(np.log(result["ratio"] / ratio)) < np.log(4)
 
 
+def causal_codes(guidance_scale, temperature, spread=1 / 3):
+    """Our causal decoder of the trial size, with random parameters everywhere."""
+    from benchmarks import ours_causal
+
+    settings = {"guidance_scale": guidance_scale, "temperature": temperature}
+    us = ours_causal.Codes("llamagen", "tiny", settings, "float32")
+    rng = np.random.default_rng(0)
+    us.replace_params(
+        jax.tree.map(
+            lambda x: np.asarray(x) + spread * rng.normal(size=x.shape).astype(np.float32),
+            us.params,
+        )
+    )
+    return us, settings
+
+
+@pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
+def test_causal_peer_gives_our_codes(guidance_scale):
+    from benchmarks import torch_causal
+
+    us, settings = causal_codes(guidance_scale, 0.0)
+    tokens = us.draw(2)
+    assert len(np.unique(tokens)) > 5
+    assert (tokens[0] != tokens[1]).any()
+    peer = torch_causal.TorchCausalSide(
+        us.model, us.params, labels=us.labels(2), settings=settings, device="cpu"
+    )
+    for reads in torch_causal.READS:
+        np.testing.assert_array_equal(peer.sample_tokens(reads), tokens)
+
+
+def test_causal_peer_draws_from_the_model():
+    from benchmarks import torch_causal
+
+    count, label = 2000, 3
+    us, settings = causal_codes(1.5, 2.0)
+    labels = np.full(count, label, np.int32)
+    peer = torch_causal.TorchCausalSide(
+        us.model, us.params, labels=labels, settings=settings, device="cpu"
+    )
+    torch.manual_seed(0)
+    seen = np.bincount(peer.sample_tokens("filled_cache")[:, 0, 0], minlength=100)
+    nothing = jnp.zeros((2, *us.model.grid_size), jnp.int32)
+    both = jnp.array([label, us.model.null_label])
+    logits = us.model.make_module().apply({"params": us.params}, nothing, both)[:, 0]
+    logits = np.asarray(logits, np.float64)
+    weights = np.exp((logits[1] + 1.5 * (logits[0] - logits[1])) / 2.0)
+    expected = count * weights / weights.sum()
+    # Rare codes count together: alone they have no chi-square distribution.
+    rare = expected < 5
+    table = [np.append(x[~rare], x[rare].sum()) for x in (seen, expected)]
+    assert 0.1 < rare.mean() < 0.9
+    assert stats.chisquare(*table).pvalue > 1e-3
+
+
+def test_causal_peer_refuses_what_it_does_not_implement():
+    from benchmarks import torch_causal
+
+    us, _ = causal_codes(1.0, 0.0)
+    normed = dataclasses.replace(us.model, qk_norm="layer")
+    with pytest.raises(ValueError, match="qk_norm 'layer' and post_norm 'none'.*only 'none'"):
+        torch_causal.make_model(normed, us.params)
+
+
+def test_bytes_read_are_those_of_the_products_of_a_token():
+    from benchmarks import flops, ours_causal
+
+    us, _ = causal_codes(1.0, 0.0)
+    model, length = us.model, us.model.seq_len
+    # A product of one row reads each number of its kernel for one multiply-add.
+    cached = model.make_cached(us.params)
+    _, cache = cached.start(jnp.zeros(1, jnp.int32), length)
+    counted = 0
+    for index in range(length):
+        step = functools.partial(cached.step, index=index, live=index + 1, cache=cache)
+        counted += flops.count_flops(step, jnp.zeros(1, jnp.int32)) // 2
+    padding = model.width * model.head_padding
+    assert ours_causal.read_bytes(model, rows=1) == 4 * (counted - length * padding)
+    half = dataclasses.replace(model, dtype="bfloat16")
+    cache_of_one = 2 * model.num_layers * model.width * length * (length + 1)
+    assert ours_causal.read_bytes(half, 3) - ours_causal.read_bytes(half, 1) == 2 * cache_of_one
+
+
+def test_batch_at_which_a_ratio_falls_to_one():
+    from benchmarks.rows_causal import break_even
+
+    assert break_even({1: 4.0, 4: 1.0, 16: 0.25}) == pytest.approx(4.0)
+    assert break_even({1: 8.0, 8: 1.0 / 8}) == pytest.approx(8**0.5)
+    assert break_even({16: 0.5, 8: 2.0}) == pytest.approx(128**0.5)
+    assert break_even({1: 3.0, 8: 1.5}) is None
+    assert break_even({1: 0.9, 8: 0.5}) is None
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("row", ["5", "6", "7a"])
+def test_rows_of_autoregression_are_ratios_of_what_they_report(row):
+    from benchmarks import rows, timing
+
+    batches = (1, 2)
+    options = {"batch_sizes": batches if row == "7a" else {"cpu": batches}}
+    effort = timing.Effort(block_seconds=0.001)
+    results = [r.to_dict() for r in rows.ROWS[row].run(row, "tiny", effort, **options)]
+    assert tuple(result["batch"] for result in results) == batches
+    for result in results:
+        assert result.keys() >= FIELDS
+        assert (result["goal"], result["dtype"]) == (None, "float32")
+        if row == "5":
+            ratio = result["llamagen_seconds"] / result["maskgil_seconds"]
+            assert "break_even_batch" in result
+        elif row == "6":
+            rates = [result[f"{name}_gbytes_per_second"] for name in ("decoding", "copy")]
+            ratio = rates[0] / rates[1]
+        else:
+            rate = result[f"{result['torch_layout']}_images_per_second"]
+            assert rate == max(result[f"{n}_cache_images_per_second"] for n in ("filled", "whole"))
+            ratio = result["ours_images_per_second"] / rate
+        # Medians of ratios beside ratios of medians, of very short blocks.
+        assert abs(np.log(result["ratio"] / ratio)) < np.log(4)
+
+
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("row", "options"), [("3", {"compiler": "eager"}), ("3r", {"autocast": False}), ("4", {})]
@@ -433,6 +554,9 @@ def test_sizes_have_the_goals_of_the_table():
     assert goals("3r") == 2.0
     assert goals("4") == {"b": 0.48, "l": 0.56, "xl": 0.62, "xxl": 0.64}
     assert goals("11") == goals("11t") == 1.05
+    assert goals("5") == {"l": {1: 6.0, 8: 1.3}}
+    assert goals("6") == {"l": {1: 0.35, 64: 0.45}}
+    assert set(goals("7a").values()) == {1.2}
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -463,19 +587,39 @@ def test_operations_of_xl_grow_as_the_table_says():
     assert ratio == pytest.approx(4.35, abs=0.005)
 
 
+def run_on_gpu(row, size):
+    # A process of its own, as a user runs it: it leaves the GPU's memory to the next.
+    command = [sys.executable, str(TOOLS / "bench.py"), "--rows", row, "--size", size]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_on_gpu(result):
+    assert result.keys() >= FIELDS
+    assert result["hardware"].startswith("one NVIDIA")
+    assert not result["void"]
+    assert result["ratio"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", ["1", "2", "3", "3r", "4"])
 def test_row_on_a_gpu(row):
-    # A process of its own, as a user runs it: it leaves the GPU's memory to the next.
-    command = [sys.executable, str(TOOLS / "bench.py"), "--rows", row, "--size", "b"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    (result,) = map(json.loads, done.stdout.splitlines())
-    assert result.keys() >= FIELDS
-    assert result["hardware"].startswith("one NVIDIA")
+    (result,) = run_on_gpu(row, "b")
+    check_on_gpu(result)
     assert result["goal"] is not None
-    assert not result["void"]
-    assert result["ratio"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("row", "batches", "with_goal"), [("5", [1, 8, 16, 32, 64], [1, 8]), ("6", [1, 64], [1, 64])]
+)
+def test_row_of_autoregression_on_a_gpu(row, batches, with_goal):
+    results = run_on_gpu(row, "l")
+    assert [result["batch"] for result in results] == batches
+    assert [result["batch"] for result in results if result["goal"] is not None] == with_goal
+    for result in results:
+        check_on_gpu(result)
 
 
 def test_drift_voids_a_result():
@@ -496,13 +640,16 @@ def test_drift_voids_a_result():
     [
         (
             ["--rows", "7,77"],
-            "rows 77 are unknown; allowed: 1, 1c, 2, 3, 3r, 4, 7, 7e, 7i, 7s",
+            "rows 77 are unknown; allowed: 1, 1c, 2, 3, 3r, 4, 5, 6, 7, 7a, 7e, 7i, 7s",
         ),
         (
             ["--rows", "1,2,3,3r,4"],
-            "rows 1, 2, 3, 3r, 4 need a GPU.*allowed here: 1c, 7, 7e, 7i, 7s, 8, 11, 11t, 12c, 12",
+            "rows 1, 2, 3, 3r, 4 need a GPU.*allowed here: 1c, 5, 6, 7, 7a, 7e, 7i, 7s, 8",
         ),
-        (["--rows", "7", "--size", "m"], "size 'm' is unknown; allowed: b, l, xl, xxl, tiny"),
+        (
+            ["--rows", "7", "--size", "m"],
+            "size 'm' is unknown; allowed: b, l, xl, xxl, xxxl, 1b, 3b, 7b, tiny",
+        ),
         (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),
     ],
 )

@@ -27,6 +27,8 @@ from maskgil_jax.evals.extractor import FeatureExtractor
 from maskgil_jax.evals.inception import INPUT_SIDE, Inception, InceptionConfig
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.loading import Model
+from maskgil_jax.models.base import TokenModelConfig
+from maskgil_jax.models.llamagen import LlamaGenConfig
 from maskgil_jax.models.maskgil import MaskGIL, MaskGILConfig
 from maskgil_jax.models.sizes import SIZES
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -37,18 +39,24 @@ TRIAL_SIZE = "tiny"
 ALL_SIZES = (*SIZES, TRIAL_SIZE)
 
 
-def make_config(size: str, batch_size: int, dtype: str) -> ConfigDict:
+def make_config(
+    size: str, batch_size: int, dtype: str, family: str = MaskGILConfig.family
+) -> ConfigDict:
     """Return what `configs/SIZE.py` trains, with another batch size and type.
 
     Args:
         size: one of `ALL_SIZES`; `tiny` tries the tool out in seconds and measures nothing true.
         batch_size: images per update.
         dtype: type of the computation.
+        family: `maskgil`, or `llamagen`, as `configs/llamagen_b.py` trains it in any size.
     """
     if size == TRIAL_SIZE:
         config = schema.preset()
+        config.model.family = family
         config.model.update(num_layers=2, width=64, num_heads=2, mlp_width=128)
         config.model.update(codebook_size=100, num_classes=10, grid_size=(4, 4))
+    elif family == LlamaGenConfig.family:
+        config = runpy.run_path(str(CONFIGS / "llamagen_b.py"))["get_config"](size=size)
     else:
         config = runpy.run_path(str(CONFIGS / f"{size}.py"))["get_config"]()
     config.model.dtype = dtype
@@ -94,7 +102,7 @@ def model_config(config: ConfigDict) -> MaskGILConfig:
     return model
 
 
-def init_params(model: MaskGILConfig) -> Any:
+def init_params(model: TokenModelConfig) -> Any:
     """Return the random parameters of a new model, whose head is zero."""
     return nn.unbox(jax.jit(build_models.init_model(model))(jax.random.key(0)))
 

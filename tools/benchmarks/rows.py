@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-from benchmarks import ours, rows_growth, rows_sampling
+from benchmarks import ours, rows_causal, rows_growth, rows_sampling
 from benchmarks.comparison import against_layouts, torch_device
 from benchmarks.results import CPU, GPU, Result, gflops, seconds, summarise
 from benchmarks.timing import Effort, measure
@@ -237,6 +237,22 @@ ROWS = {
         summary="FLOP/s from labels to pixels ÷ matmul ceiling, bfloat16, batch 64",
         backend=GPU,
     ),
+    "5": Row(
+        run=functools.partial(
+            rows_causal.against_masked,
+            batch_sizes={CPU: (1, 4, 8), GPU: (1, 8, 16, 32, 64)},
+            goals={"l": {1: 6.0, 8: 1.3}},
+        ),
+        summary="time of LlamaGen's codes ÷ MaskGIL's, by batch; where they break even",
+    ),
+    "6": Row(
+        run=functools.partial(
+            rows_causal.reading_rate,
+            batch_sizes={CPU: (1, 4), GPU: (1, 64)},
+            goals={"l": {1: 0.35, 64: 0.45}},
+        ),
+        summary="bytes/s of LlamaGen's decoding ÷ copying",
+    ),
     "7": Row(
         run=functools.partial(
             against_torch,
@@ -246,6 +262,16 @@ ROWS = {
             goals={"forward": 1.7, "train": 1.3},
         ),
         summary="forward and training speed ÷ PyTorch eager float32, batch 8",
+        needs_torch=True,
+    ),
+    "7a": Row(
+        run=functools.partial(
+            rows_causal.decoding_against_torch,
+            batch_sizes=(1, 4),
+            dtype="float32",
+            goals=dict.fromkeys(SIZES, 1.2),
+        ),
+        summary="AR decoding ÷ PyTorch eager float32 with a static cache",
         needs_torch=True,
     ),
     "7e": Row(

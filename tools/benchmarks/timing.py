@@ -18,6 +18,7 @@ import numpy as np
 MAX_DRIFT = 0.05
 MATMUL = "matmul"
 MATMUL_SIDE = {"cpu": 2048, "gpu": 16384}
+COPY_BYTES = {"cpu": 2**28, "gpu": 2**32}
 _CEILING_BLOCKS = 3
 
 
@@ -75,6 +76,25 @@ class Matmul:
     def __call__(self) -> None:
         """Multiply once."""
         self._product(*self._operands).block_until_ready()
+
+
+class Copy:
+    """An array that is read and written where it lies: what memory moves at most.
+
+    Attributes:
+        bytes: that a call moves, both ways together.
+    """
+
+    def __init__(self):
+        size = COPY_BYTES.get(jax.default_backend(), COPY_BYTES["gpu"])
+        self.bytes = 2 * size
+        self._array = jnp.zeros(size // 4, jnp.float32)
+        # Into memory of its own it would be another time on a CPU, whose system has to zero it.
+        self._negate = jax.jit(jnp.negative, donate_argnums=0)
+
+    def __call__(self) -> None:
+        """Move the bytes once."""
+        self._array = self._negate(self._array).block_until_ready()
 
 
 def measure(contenders: Mapping[str, Callable[[], Any]], dtype: str, effort: Effort) -> Times:
