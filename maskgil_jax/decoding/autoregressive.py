@@ -32,10 +32,11 @@ class CausalPredictor:
     Attributes:
         prefix_length: number of prefilling tokens.
         start: maps a condition and a number of tokens to the logits [b, v] of the first one, and a
-            cache for as many.
+            cache for as many. Every leaf of the cache has the batch in front, and `grow(length)`
+            returns it for that many positions, prefilling tokens included.
         step: maps codes [b], their index, a number of positions of the cache and a cache to the
             logits [b, v] of the next token, and the cache with the codes. As many positions are
-            read; every leaf of the cache has the batch in front.
+            read; the cache has no more.
     """
 
     prefix_length: int
@@ -206,14 +207,19 @@ def decode(
     both = condition
     if guided:
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, null_condition)
-    logits, cache = predictor.start(both, count)
+    spans = make_spans(count, predictor.prefix_length, guided)
+    # A loop that reads a part of the cache copies all of it in every step, twice on a CPU: what is
+    # updated in place has no other use. So the cache is as long as what is read.
+    first = spans[0].live - predictor.prefix_length if spans else count
+    logits, cache = predictor.start(both, first)
     token = draw(0, guide(logits, guided > 0))
     tokens = jnp.zeros((len(token), count), jnp.int32).at[:, 0].set(token)
     is_doubled, b = guided > 0, len(token)
-    for span in make_spans(count, predictor.prefix_length, guided):
+    for span in spans:
         if is_doubled and not span.guided:
             cache = jax.tree.map(lambda x: x[:b], cache)
             is_doubled = False
+        cache = cache.grow(span.live)
         body = _make_body(predictor, span, draw, guide)
         tokens, token, cache = jax.lax.fori_loop(span.first, span.end, body, (tokens, token, cache))
     return tokens

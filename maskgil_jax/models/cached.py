@@ -30,6 +30,15 @@ class Cache:
     layers: tuple[LayerCache, ...]
     lengths: Any = None
 
+    def grow(self, length: int) -> "Cache":
+        """Return it with room for `length` positions, of which none of the new is computed yet."""
+
+        def pad(x):
+            room = length - x.shape[2]
+            return jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) if room else x
+
+        return Cache(jax.tree.map(pad, self.layers), self.lengths)
+
 
 @dataclasses.dataclass(frozen=True)
 class CachedTransformer:
