@@ -60,7 +60,8 @@ def measure(
     num_images: int | None,
     batch_sizes: Sequence[int],
     repeats: int,
-    **files: str | None,
+    reference: str | None = None,
+    inception: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row for every share: share, steps, figures, seconds by batch size.
 
@@ -74,7 +75,8 @@ def measure(
         num_images: samples; as many as the protocol takes if `None`.
         batch_sizes: images at a time while the time is taken.
         repeats: how often it is taken.
-        **files: reference and inception, as `evaluate` takes them.
+        reference: as `evaluate` takes it.
+        inception: as `evaluate` takes it.
     """
     report = evaluate(
         out,
@@ -84,7 +86,8 @@ def measure(
         metrics=metrics,
         num_images=num_images,
         sweep=[f"ar_share={','.join(map(str, shares))}"],
-        **files,
+        reference=reference,
+        inception=inception,
     )
     rows = []
     makers = {
