@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 
 FORMAT = "maskgil_jax"
 FORMAT_VERSION = 1
-KINDS = ("tokenizer", "model", "text-encoder", "perceptual", "evaluator")
+KINDS = ("tokenizer", "model", "language-model", "text-encoder", "perceptual", "evaluator")
 _PARAMS = "params.safetensors"
 _CONFIG = "config.json"
 # What a model directory consists of.
@@ -49,8 +49,8 @@ class ModelDir:
     """The contents of a model directory.
 
     Attributes:
-        kind: `"tokenizer"`, `"model"`, `"text-encoder"`, `"perceptual"` (a net that only losses
-            use) or `"evaluator"` (one that only metrics use).
+        kind: `"tokenizer"`, `"model"`, `"language-model"`, `"text-encoder"`, `"perceptual"` (a net
+            that only losses use) or `"evaluator"` (one that only metrics use).
         family: which architecture, e.g. `"llamagen-vq"` or `"maskgil"`.
         config: fields of the architecture's config dataclass.
         params: nested dict of NumPy arrays.

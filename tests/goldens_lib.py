@@ -67,7 +67,22 @@ def fill_gemma(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.float32(0.1) * values
 
 
-RULES = {"inception_fid": fill_inception, "gemma_tiny": fill_gemma, "gemma2_tiny": fill_gemma}
+def fill_chameleon_lm(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the float32 weights of a tensor of Chameleon, whose norms of heads are matrices."""
+    values = _generator(name).standard_normal(shape, dtype=np.float32)
+    if "norm" in name:
+        return ((1.0 if name.endswith("weight") else 0.0) + 0.1 * values).astype(np.float32)
+    if len(shape) > 1:
+        return values / np.float32(math.sqrt(math.prod(shape[1:])))
+    return np.float32(0.1) * values
+
+
+RULES = {
+    "inception_fid": fill_inception,
+    "chameleon_lm_tiny": fill_chameleon_lm,
+    "gemma_tiny": fill_gemma,
+    "gemma2_tiny": fill_gemma,
+}
 
 
 def golden_image(shape: tuple[int, int, int, int], tag: str) -> np.ndarray:

@@ -8,7 +8,9 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from maskgil_jax.convert import export_state_dict, find_family
+from maskgil_jax.models.chameleon import ChameleonConfig
 from maskgil_jax.text.gemma import GemmaConfig
+from maskgil_jax.text.image_protocol import END, END_TURN, NEW_LINE, START, size_name
 
 SENTENCES = [
     f"a {colour} {digit} {place} a {other} {thing}"
@@ -49,7 +51,12 @@ def gemma_config(generation: int = 2, **fields) -> GemmaConfig:
     return GemmaConfig(**{"generation": generation, **sizes, **fields})
 
 
-def make_params(config: GemmaConfig) -> dict:
+def chameleon_config(**fields) -> ChameleonConfig:
+    sizes = dict(vocab_size=90, num_layers=3, width=24, mlp_width=40, num_heads=6)
+    return ChameleonConfig(**{**sizes, "num_kv_heads": 2, "max_positions": 200, **fields})
+
+
+def make_params(config: GemmaConfig | ChameleonConfig) -> dict:
     """Draw parameters that bfloat16 and float32 hold alike."""
     from flax.traverse_util import unflatten_dict
 
@@ -61,7 +68,9 @@ def make_params(config: GemmaConfig) -> dict:
     return unflatten_dict(leaves, sep="/")
 
 
-def family_of(config: GemmaConfig) -> str:
+def family_of(config: GemmaConfig | ChameleonConfig) -> str:
+    if isinstance(config, ChameleonConfig):
+        return config.family
     return "gemma" if config.generation == 1 else "gemma2"
 
 
@@ -73,6 +82,11 @@ def write_repository(folder: pathlib.Path, config: GemmaConfig, shards: int = 1)
     settings = config.to_hugging_face() | {"architectures": ["GemmaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(settings))
     make_tokenizer_file(folder / "tokenizer.json")
+    return write_shards(folder, state, shards)
+
+
+def write_shards(folder: pathlib.Path, state: dict, shards: int) -> pathlib.Path:
+    """Write weights in one file, or in several with an index; return the file to import."""
     if shards == 1:
         save_file(state, folder / "model.safetensors")
         return folder / "model.safetensors"
@@ -85,3 +99,35 @@ def write_repository(folder: pathlib.Path, config: GemmaConfig, shards: int = 1)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return index
+
+
+def image_vocabulary(codes: int = 16, units: int = 3) -> dict[str, int]:
+    """Names and ids of a vocabulary as Lumina-mGPT's; its codes are in no order."""
+    order = np.random.default_rng(0).permutation(codes)
+    letters = str.maketrans("0123456789", "ABCDEFGHIJ")
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    names += [f"IMGIMG{str(code).translate(letters)}Z" for code in order]
+    names += [END, START, END_TURN, NEW_LINE, *(size_name(n + 1) for n in range(units))]
+    return {name: number for number, name in enumerate(names)}
+
+
+def make_image_tokenizer(path: pathlib.Path, names: dict[str, int]) -> pathlib.Path:
+    """Write a `tokenizer.json` with such a vocabulary, and some words behind it."""
+    words = ["an", "a", "dog", "cat", "red", "image", "of", "to", "the", ":"]
+    words += ["Generate", "according", "following", "prompt"]
+    special = [name for name in names if name.startswith("<")]
+    vocabulary = names | {word: max(names.values()) + 1 + i for i, word in enumerate(words)}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.add_special_tokens(special)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    library.save(str(path))
+    return path
+
+
+def write_chameleon(folder: pathlib.Path, config: ChameleonConfig, shards: int = 1) -> pathlib.Path:
+    """Write what a repository of Lumina-mGPT holds; return the file to import."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    make_image_tokenizer(folder / "tokenizer.json", image_vocabulary())
+    return write_shards(folder, export_state_dict("chameleon", config, make_params(config)), shards)

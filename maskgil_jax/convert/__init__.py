@@ -35,6 +35,7 @@ _MODULES = {
     "maskgil-text": "maskgil_text",
     "llamagen": "llamagen",
     "llamagen-text": "llamagen_text",
+    "chameleon": "chameleon",
     "bidirectional-transformer": "bidirectional_transformer",
     "gemma": "gemma",
     "gemma2": "gemma2",

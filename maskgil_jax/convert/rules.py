@@ -266,8 +266,7 @@ class Family:
     """A checkpoint family: its table, how its sizes are read off, and how its files are wrapped.
 
     Attributes:
-        kind: "tokenizer", "model", "text-encoder", "perceptual" or "evaluator", as model
-            directories name it.
+        kind: one of `checkpoints.KINDS`, as model directories name it.
         architecture: the family that a model directory records.
         infer_config: (shapes by torch key, **options) -> config.
         abstract_tree: config -> "/"-joined path -> shape and dtype of every parameter.

@@ -180,6 +180,7 @@ def decode(
     plan: AutoregressivePlan,
     *,
     count: int,
+    forced: Int[np.ndarray, " n"] | None = None,
 ) -> Int[Array, "b n"]:
     """Draw the first tokens of a batch of images.
 
@@ -191,12 +192,21 @@ def decode(
         program: settings that shape the computation.
         plan: its numbers.
         count: tokens to draw, n; at least 1.
+        forced: tokens that are not drawn but given, -1 where one is drawn; all are if `None`. Only
+            those that are drawn count as guided.
+
+    Raises:
+        ValueError: if `forced` has another length.
 
     Returns:
         int32 codes [b, n]; -1 from where on the logits were no numbers.
     """
-    guided = (min(program.guided_tokens, count) or count) if program.guided else 0
-    draw = _make_draw(program, plan, rngs)
+    if forced is None:
+        forced = np.full(count, -1, np.int32)
+    if len(forced) != count:
+        raise ValueError(f"{len(forced)} tokens are forced or drawn; expected: {count}")
+    guided = _count_guided(program, forced)
+    draw = _make_draw(program, plan, rngs, forced)
 
     def guide(logits, is_guided):
         if not is_guided:
@@ -225,6 +235,16 @@ def decode(
     return tokens
 
 
+def _count_guided(program: AutoregressiveProgram, forced: np.ndarray) -> int:
+    """Return how many tokens are guided, from the first on, those in between included."""
+    if not program.guided:
+        return 0
+    drawn = np.flatnonzero(forced < 0)
+    if not program.guided_tokens or program.guided_tokens >= len(drawn):
+        return len(forced)
+    return int(drawn[program.guided_tokens - 1]) + 1
+
+
 def _make_body(
     predictor: CausalPredictor,
     span: Span,
@@ -245,9 +265,13 @@ def _make_body(
 
 
 def _make_draw(
-    program: AutoregressiveProgram, plan: AutoregressivePlan, rngs: jax.Array
+    program: AutoregressiveProgram,
+    plan: AutoregressivePlan,
+    rngs: jax.Array,
+    forced: Int[np.ndarray, " n"],
 ) -> Callable[[Any, Float[Array, "b k"]], Int[Array, " b"]]:
     """Return `draw(i, logits [b k]) → codes [b]`; -1 where the logits are no numbers."""
+    any_forced = bool((forced >= 0).any())
     own = jax.vmap(lambda rng: jax.random.fold_in(rng, _STREAM))(rngs)
 
     def draw(i, logits):
@@ -263,6 +287,10 @@ def _make_draw(
             keys = jax.vmap(jax.random.fold_in, (0, None))(own, i)
             uniforms = categorical.uniforms_per_image(keys, 1)
             codes, log_prob = categorical.draw_categorical(logits, uniforms)
-        return jnp.where(jnp.isnan(log_prob), -1, codes)[:, 0]
+        codes = jnp.where(jnp.isnan(log_prob), -1, codes)[:, 0]
+        if not any_forced:
+            return codes
+        given = jnp.asarray(forced, jnp.int32)[i]
+        return jnp.where(given < 0, codes, given)
 
     return draw

@@ -72,7 +72,7 @@ class CachedTransformer:
     def empty(self, batch: int, length: int) -> tuple[LayerCache, ...]:
         """Return the cache of `length` positions of which none is computed yet."""
         cfg = self.config
-        zeros = jnp.zeros((batch, cfg.num_heads, length, cfg.head_dim), jnp.dtype(cfg.dtype))
+        zeros = jnp.zeros((batch, cfg.kv_heads, length, cfg.head_dim), jnp.dtype(cfg.dtype))
         return tuple(LayerCache(zeros, zeros) for _ in self.layers)
 
     def extend(

@@ -85,11 +85,12 @@ class Embedding(nn.Module):
 
     count: int
     width: int
+    param_dtype: str = "float32"
 
     def setup(self):
         """Create the table."""
-        shape = (self.count, self.width)
-        self.embedding = self.param("embedding", weight_init("vocab", "embed"), shape)
+        shape, stored = (self.count, self.width), jnp.dtype(self.param_dtype)
+        self.embedding = self.param("embedding", weight_init("vocab", "embed"), shape, stored)
 
     def __call__(self, ids: Int[Array | np.ndarray, "*n"]) -> Float[Array, "*n e"]:
         """Look up rows; ids must lie in 0…count-1."""

@@ -1,8 +1,9 @@
 """Rotary position tables in one and two dimensions.
 
 A table is cos and sin of one angle per position and pair of channels; `apply_rope` rotates the
-interleaved pairs (0, 1), (2, 3), … of queries and keys. A row of zeros (cos = sin = 0) makes the
-query and the key of its position vanish, which LlamaGen's weights need for condition tokens.
+interleaved pairs (0, 1), (2, 3), … of queries and keys, or the pairs (0, d/2), (1, d/2 + 1), ….
+A row of zeros (cos = sin = 0) makes the query and the key of its position vanish, which LlamaGen's
+weights need for condition tokens.
 
 Reference: RoFormer (Su et al., 2021); LlamaGen `gpt.py`, `precompute_freqs_cis_2d`; Chen et al.,
 2023, "Extending Context Window … via Positional Interpolation".
@@ -71,12 +72,25 @@ def condition_rows(count: int, head_dim: int, kind: str) -> np.ndarray:
 
 
 def apply_rope(
-    x: Float[Array, "b l h d"], table: Float[Array | np.ndarray, "l d2 2"]
+    x: Float[Array, "b l h d"],
+    table: Float[Array | np.ndarray, "l d2 2"],
+    pairs: str = "interleaved",
 ) -> Float[Array, "b l h d"]:
-    """Rotate the interleaved channel pairs of `x` in float32; the result has the type of `x`."""
+    """Rotate the channel pairs of `x` in float32; the result has the type of `x`.
+
+    Args:
+        x: queries or keys.
+        table: cos and sin.
+        pairs: `interleaved` (2i, 2i + 1), as LlamaGen, or `halves` (i, i + d/2), as Hugging Face.
+    """
     cos, sin = jnp.asarray(table[..., 0]), jnp.asarray(table[..., 1])
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
+    wide = x.astype(jnp.float32)
+    if pairs == "halves":
+        one, two = jnp.split(wide, 2, axis=-1)
+        turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+        return turned.astype(x.dtype)
+    wide = wide.reshape(*x.shape[:-1], -1, 2)
+    even, odd = wide[..., 0], wide[..., 1]
     rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,16 +1,18 @@
 """The one transformer: LLaMA blocks that are causal or bidirectional by the mask they are given.
 
-RMSNorm, rotary embedding, SwiGLU, no biases; optionally QK-Norm and Post-Norm. The layers are
-scanned, so every parameter under `layers` carries a leading layer axis and the compile time does
-not grow with depth.
+RMSNorm, rotary embedding, SwiGLU, no biases; optionally QK-Norm and Post-Norm. What else the
+weights of a language model need, such as grouped heads, its family fixes. The layers are scanned,
+so every parameter under `layers` carries a leading layer axis and the compile time does not grow
+with depth.
 
 Reference: LLaMA (Touvron et al., 2023); MaskGIL section 3.1 and Figure 4; Lumina-Next (Post-Norm).
 """
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -73,12 +75,20 @@ class StackConfig:
 class TransformerConfig(StackConfig):
     """Shape and options of the LLaMA blocks; the head dimension is even, dropout on the outputs.
 
+    Fields are what a run may choose. What the weights of a family fix are class variables and
+    properties, which a family that differs overrides: see `models/chameleon.py`.
+
     Attributes:
         qk_norm: normalisation of queries and keys over the head dimension, before RoPE.
         post_norm: normalisation of the outputs of attention and MLP before the residual addition.
         norm_eps: epsilon of every norm.
         attention: `xla`, or `cudnn` (GPU, bfloat16).
     """
+
+    # Kinds of QK-Norm: one scale for all heads, or a scale and bias of its own for every head.
+    qk_norms: ClassVar[tuple[str, ...]] = NORMS
+    # Channels that RoPE turns together, see `apply_rope`.
+    rope_pairs: ClassVar[str] = "interleaved"
 
     qk_norm: str = "none"
     post_norm: str = "none"
@@ -91,11 +101,21 @@ class TransformerConfig(StackConfig):
             raise ValueError(
                 f"width {self.width} / num_heads {self.num_heads} must be an even number"
             )
-        check_choices(self, dict(qk_norm=NORMS, post_norm=NORMS, attention=ATTENTIONS))
+        check_choices(self, dict(qk_norm=self.qk_norms, post_norm=NORMS, attention=ATTENTIONS))
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps {self.norm_eps} must be more than 0")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError("attention 'cudnn' needs dtype 'bfloat16'; use 'xla' for float32")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads g of keys and values, each for num_heads / kv_heads heads of the queries."""
+        return self.num_heads
+
+    @property
+    def param_dtype(self) -> str:
+        """Type in which the parameters are stored."""
+        return "float32"
 
 
 def stack_config(config: TransformerConfig) -> TransformerConfig:
@@ -122,19 +142,26 @@ def weight_init(*axes: str | None, stddev: float = 0.02):
 def make_norm(
     kind: str, config: TransformerConfig, name: str, axis: str | None = None
 ) -> nn.Module:
-    """Return a norm with a scale and no bias, computed in float32."""
+    """Return a norm, computed in float32: with a scale and no bias, or `HeadNorm`."""
+    if kind == "heads":
+        return HeadNorm(config, name=name)
     cls = nn.RMSNorm if kind == "rms" else nn.LayerNorm
     options: dict[str, Any] = {} if kind == "rms" else {"use_bias": False}
     scale = nn.with_logical_partitioning(nn.initializers.ones_init(), (axis,))
     return cls(
         epsilon=config.norm_eps,
         dtype=jnp.float32,
+        param_dtype=jnp.dtype(config.param_dtype),
         scale_init=scale,
         # The one-pass variance loses digits where the mean is far from zero.
         use_fast_variance=kind == "rms",
         name=name,
         **options,
     )
+
+
+def _dtype(config: StackConfig) -> Any:
+    return jnp.dtype(config.dtype)
 
 
 class Projection(nn.Module):
@@ -145,11 +172,13 @@ class Projection(nn.Module):
     axes: tuple[str | None, ...]
     dtype: Any
     use_bias: bool = False
+    param_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x):
         """Contract the last `len(inputs)` axes of `x` with the kernel."""
-        kernel = self.param("kernel", weight_init(*self.axes), self.inputs + self.outputs)
+        stored = jnp.dtype(self.param_dtype)
+        kernel = self.param("kernel", weight_init(*self.axes), self.inputs + self.outputs, stored)
         n = len(self.inputs)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         y = jax.lax.dot_general(
@@ -158,8 +187,30 @@ class Projection(nn.Module):
         if not self.use_bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[n:])
-        bias = jnp.asarray(self.param("bias", zeros, self.outputs), self.dtype)
+        bias = jnp.asarray(self.param("bias", zeros, self.outputs, stored), self.dtype)
         return y + bias.reshape((1,) * (x.ndim - n) + self.outputs)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of every head over its channels, with a scale and bias of its own, in float32."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l h d"]) -> Float[Array, "b l h d"]:
+        """Normalise; the result is float32."""
+        cfg, shape = self.config, x.shape[2:]
+
+        def parameter(name, init):
+            init = nn.with_logical_partitioning(init, ("heads", "head_dim"))
+            value = self.param(name, init, shape, jnp.dtype(cfg.param_dtype))
+            return jnp.asarray(value, jnp.float32)[None, None]
+
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + cfg.norm_eps)
+        scale = parameter("scale", nn.initializers.ones_init())
+        return x * scale + parameter("bias", nn.initializers.zeros_init())
 
 
 @flax.struct.dataclass
@@ -167,8 +218,8 @@ class LayerCache:
     """Keys and values of one layer, of the positions that were computed so far.
 
     Attributes:
-        keys: [b h s d], heads in front, as attention to them multiplies; rotated.
-        values: [b h s d].
+        keys: [b g s d], heads in front, as attention to them multiplies; rotated.
+        values: [b g s d].
     """
 
     keys: Any
@@ -177,8 +228,8 @@ class LayerCache:
 
 def attend_cached(
     q: Float[Array, "b l h d"],
-    k: Float[Array, "b l h d"],
-    v: Float[Array, "b l h d"],
+    k: Float[Array, "b l g d"],
+    v: Float[Array, "b l g d"],
     mask: Bool[Array, "#b l s"],
     cache: LayerCache,
     position: Int[Array, ""] | int,
@@ -186,7 +237,7 @@ def attend_cached(
     """Put keys and values into a cache and attend to its first s positions.
 
     Args:
-        q: queries of new positions.
+        q: queries of new positions; each head of keys serves h / g neighbouring heads of them.
         k: their keys.
         v: their values.
         mask: true where the query of a new position may look; its width says how much of the cache
@@ -201,12 +252,15 @@ def attend_cached(
             for whole, part in ((cache.keys, k), (cache.values, v))
         )
     )
+    d = q.shape[-1]
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, d)
     scores = jnp.einsum(
-        "blhd,bhsd->bhls", q, cache.keys[:, :, :s], preferred_element_type=jnp.float32
+        "blgrd,bgsd->bgrls", grouped, cache.keys[:, :, :s], preferred_element_type=jnp.float32
     )
-    scores = jnp.where(mask[:, None], scores / q.shape[-1] ** 0.5, -jnp.inf)
+    scores = jnp.where(mask[:, None, None], scores / d**0.5, -jnp.inf)
     weights = jax.nn.softmax(scores).astype(q.dtype)
-    return jnp.einsum("bhls,bhsd->blhd", weights, cache.values[:, :, :s]), cache
+    y = jnp.einsum("bgrls,bgsd->blgrd", weights, cache.values[:, :, :s])
+    return y.reshape(q.shape), cache
 
 
 class Attention(nn.Module):
@@ -226,14 +280,23 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b l e"], LayerCache | None]:
         """Attend; see `Transformer` for `mask` and `lengths`, `attend_cached` for the rest."""
         cfg = self.config
-        e, h, d, dtype = cfg.width, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype)
-        axes = ("embed", None, "heads", "head_dim")
-        qkv = Projection((e,), (3, h, d), axes, dtype, name="qkv")(x)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        e, h, g, d, dtype = cfg.width, cfg.num_heads, cfg.kv_heads, cfg.head_dim, _dtype(cfg)
+        axes: tuple[str | None, ...] = ("embed", None, "heads", "head_dim")
+
+        def project(outputs, axes, name):
+            return Projection((e,), outputs, axes, dtype, param_dtype=cfg.param_dtype, name=name)(x)
+
+        if g == h:
+            qkv = project((3, h, d), axes, "qkv")
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q = project((h, d), ("embed", "heads", "head_dim"), "q")
+            kv = project((2, g, d), axes, "kv")
+            k, v = kv[:, :, 0], kv[:, :, 1]
         if cfg.qk_norm != "none":
             q = make_norm(cfg.qk_norm, cfg, "q_norm")(q).astype(dtype)
             k = make_norm(cfg.qk_norm, cfg, "k_norm")(k).astype(dtype)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k = (apply_rope(x, rope, cfg.rope_pairs) for x in (q, k))
         if cache is None:
             implementation: Any = cfg.attention
             y = jax.nn.dot_product_attention(
@@ -247,7 +310,8 @@ class Attention(nn.Module):
         else:
             assert mask is not None
             y, cache = attend_cached(q, k, v, mask, cache, position)
-        out = Projection((h, d), (e,), ("heads", "head_dim", "embed"), dtype, name="out")
+        axes, stored = ("heads", "head_dim", "embed"), cfg.param_dtype
+        out = Projection((h, d), (e,), axes, dtype, param_dtype=stored, name="out")
         return out(y), cache
 
 
@@ -259,10 +323,11 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l e"]) -> Float[Array, "b l e"]:
         """Apply the MLP at every position."""
-        e, f, dtype = self.config.width, self.config.mlp_width, jnp.dtype(self.config.dtype)
-        y = Projection((e,), (2, f), ("embed", None, "mlp"), dtype, name="gate_up")(x)
+        cfg, e, f = self.config, self.config.width, self.config.mlp_width
+        make = functools.partial(Projection, dtype=_dtype(cfg), param_dtype=cfg.param_dtype)
+        y = make((e,), (2, f), ("embed", None, "mlp"), name="gate_up")(x)
         y = nn.silu(y[..., 0, :]) * y[..., 1, :]
-        return Projection((f,), (e,), ("mlp", "embed"), dtype, name="down")(y)
+        return make((f,), (e,), ("mlp", "embed"), name="down")(y)
 
 
 class Block(nn.Module):

@@ -43,6 +43,7 @@ GOLDENS = {
     "inception_fid": "inception-fid",
     "gemma_tiny": "gemma",
     "gemma2_tiny": "gemma2",
+    "chameleon_lm_tiny": "chameleon",
 }
 # Widths that differ, so that no reshaped or transposed tensor is the same but the square ones.
 VQ = {"codebook_size": 11, "embed_dim": 6, "channels": 32, "latent_channels": 5}
@@ -78,6 +79,7 @@ SMALL = {
     "llamagen-text": [LlamaGenTextConfig(**TEXT, cond_rope="zero")],
     "gemma": [tiny_text.gemma_config(1)],
     "gemma2": [tiny_text.gemma_config(2)],
+    "chameleon": [tiny_text.chameleon_config(), tiny_text.chameleon_config(num_kv_heads=6)],
 }
 OPTIONS = {"num_heads": 2, "grid_size": (2, 2), "num_classes": 5, "cond_rope": "zero"}
 

@@ -72,3 +72,12 @@ def test_a_spread_grid_has_the_positions_of_its_span():
     between = np.cos(0.5), np.sin(0.5)
     np.testing.assert_allclose(spread[1, 0, 0], between, atol=1e-6)
     np.testing.assert_array_equal(rope.rope_2d((4, 4), 8, span=(4, 4)), plain)
+
+
+def test_halves_are_the_same_turns_of_other_pairs():
+    x, table = random_heads(5), rope.rope_1d(5, HEAD_DIM)
+    # Channels 0, d/2, 1, d/2 + 1, … are neighbours then.
+    order = np.arange(HEAD_DIM).reshape(2, -1).T.reshape(-1)
+    halves = np.asarray(rope.apply_rope(jnp.asarray(x), table, "halves"))
+    np.testing.assert_allclose(halves[..., order], rotated(table, x[..., order]), atol=1e-6)
+    assert np.abs(halves - rotated(table, x)).max() > 0.1

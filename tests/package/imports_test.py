@@ -26,6 +26,7 @@ ROOMS = {
     "asked": {"loading", "models", "text"},
     "drafts": {"loading", "generation", "build.models", "models", "tokenizers", "text", "decoding"}
     | {"masking"},
+    "lumina": {"models", "text", "decoding", "sharding", "checkpoints", "hub"},
     "training": {"masking"},
     "decoding": {"masking"},
     "convert": {"models", "tokenizers", "text", "evals", "checkpoints", "hub"},
