@@ -81,8 +81,8 @@ def test_a_share_is_the_beginning_of_the_whole(lumina):
         found = lumina.draw(PROMPTS, GRID, seed=3, share=share).reshape(3, -1)
         np.testing.assert_array_equal(found[:, :count], codes[:, :count])
         np.testing.assert_array_equal(found[:, count:], lumina.mask_token_id)
-    with pytest.raises(ValueError, match="share 2 of the tokens is out of range"):
-        lumina.draw(PROMPTS, GRID, share=2)
+    with pytest.raises(ValueError, match="share 2.0 of the tokens is out of range"):
+        lumina.draw(PROMPTS, GRID, share=2.0)
 
 
 def test_guidance_leads_away_from_no_prompt(lumina):
@@ -102,7 +102,7 @@ def test_settings_are_the_published_ones(lumina):
     assert lumina.sampler().guidance_scale == 4
     assert lumina.sampler().top_k == 32, "no more than there are codes"
     assert lumina.sampler(temperature=0.0).top_k == 0
-    assert lumina.sampler(top_k=3, guidance_scale=3).top_k == 3
+    assert lumina.sampler(top_k=3, guidance_scale=3.0).top_k == 3
 
 
 @pytest.mark.parametrize("shape", [{"tensor": 2}, {"data": 2}])
@@ -153,15 +153,15 @@ def test_fuzzed_logits_never_make_a_malformed_row(grid, lumina):
     streams = np.asarray(run(lumina.params))
     assert len(np.unique(streams)) > 8
     for stream in streams:
-        ids = [*protocol.begin(grid), *protocol.stream_ids[stream]]
-        ids += [protocol.new_line, protocol.end]
+        ends = [protocol.new_line, protocol.end]
+        ids = np.concatenate([protocol.begin(grid), protocol.stream_ids[stream], ends])
         codes = protocol.parse(ids)
         assert codes.shape == grid
         np.testing.assert_array_equal(protocol.write(codes), ids)
 
 
 def test_what_cannot_be_drawn_is_refused(lumina, directory):
-    with pytest.raises(ValueError, match="prompt 1 '' is empty"):
+    with pytest.raises(ValueError, match="prompt 1 .* is empty"):
         lumina.draw(["a dog", " "], GRID)
     with pytest.raises(ValueError, match="prompt 0 .* that spell images; leave them out"):
         lumina.draw(["a <racm3:break> dog"], GRID)

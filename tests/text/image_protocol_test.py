@@ -62,8 +62,8 @@ def test_any_codes_in_forced_rows_are_an_image_of_every_bucket(area, size, publi
     rng = np.random.default_rng(area + height)
     forced = force_rows(height * width, width, published.codebook_size)
     stream = np.where(forced < 0, rng.integers(0, 8192, len(forced)), forced)
-    ids = [*published.begin((height, width)), *published.stream_ids[stream]]
-    ids += [published.new_line, published.end]
+    ends = [published.new_line, published.end]
+    ids = np.concatenate([published.begin((height, width)), published.stream_ids[stream], ends])
     codes = published.parse(ids)
     np.testing.assert_array_equal(codes.reshape(-1), stream[forced < 0])
     np.testing.assert_array_equal(published.write(codes), ids)
