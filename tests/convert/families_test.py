@@ -442,4 +442,4 @@ def test_the_family_of_an_export_follows_from_the_config():
     with pytest.raises(ConversionError, match="maskgil: condition is 'last'"):
         choose_family("maskgil", MaskGILConfig(**MASKGIL, condition="last").to_dict())
     with pytest.raises(ConversionError, match="allowed: llamagen-vq"):
-        choose_family("chameleon", {})
+        choose_family("muse", {})
