@@ -130,3 +130,9 @@ def test_transformers_reads_an_export(run, tmp_path):
         expected = model(input_ids=torch.from_numpy(ids.astype(np.int64))).logits
     found = config.make_module().apply({"params": tiny_text.make_params(config)}, ids)
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), atol=1e-4)
+
+
+def test_an_epsilon_that_transformers_would_not_use_is_refused():
+    config = tiny_text.chameleon_config(norm_eps=1e-6)
+    with pytest.raises(ConversionError, match="norm_eps is 1e-06, the layout has 1e-05"):
+        export_state_dict("chameleon", config, tiny_text.make_params(config))

@@ -112,6 +112,23 @@ def test_the_golden_from_a_cache():
     np.testing.assert_allclose(found, whole[:, 39:-1, STREAM_IDS[:-1]], atol=1e-5, rtol=0)
 
 
+def test_bfloat16_stays_so_and_is_near():
+    golden, wide, _ = load()
+    state = {key: x.astype(jnp.bfloat16) for key, x in golden.state_dict.items()}
+    config, params = import_state_dict("chameleon", state, settings=wide.to_hugging_face())
+    assert (config.dtype, config.param_dtype) == ("bfloat16", "bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    ids, stream = golden.arrays["input_ids"].astype(np.int32), random_ids((2, 4), 21)
+    found, expected = compute(config, params, ids), golden.arrays["logits"]
+    assert found.dtype == jnp.float32
+    assert np.abs(found - expected).mean() < 0.05 * np.abs(expected).mean()
+    prefix = Prefix(ids, np.full(2, 40, np.int32))
+    cached = one_by_one(config, params, prefix, stream)
+    whole = compute(config, params, np.concatenate([ids, STREAM_IDS[stream]], axis=1))
+    whole = whole[:, 39:-1, STREAM_IDS[:-1]]
+    assert np.abs(cached - whole).mean() < 0.05 * np.abs(whole).mean()
+
+
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
 
