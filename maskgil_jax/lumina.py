@@ -84,7 +84,8 @@ class Lumina:
         tokenizer = PromptTokenizer.from_file(
             directory / TOKENIZER_FILE,
             max_length=max_length,
-            vocab_size=config.vocab_size,
+            # It may know more than the model: names that stand for pictures among a text, say.
+            vocab_size=max(config.vocab_size, protocol.vocab_size),
             pad_id=protocol.begin_text,
             bos_id=protocol.begin_text,
         )
@@ -103,7 +104,15 @@ class Lumina:
 
         Heads, MLP and vocabulary are split over the mesh's axis `tensor`; all devices are on it if
         there is no mesh.
+
+        Raises:
+            ValueError: if the vocabulary spells images with ids that the model does not know.
         """
+        if protocol.highest_id >= config.vocab_size:
+            raise ValueError(
+                f"the vocabulary spells images with ids up to {protocol.highest_id}, but the model "
+                f"knows {config.vocab_size}; they do not belong together"
+            )
         mesh = mesh or sharding.make_mesh({"tensor": -1})
         shardings = sharding.state_shardings(config.abstract_params(), mesh)
         return cls(
@@ -153,6 +162,11 @@ class Lumina:
         for what, wrong in (
             (f"is longer than the {self.tokenizer.max_length} ids of a prompt; shorten it", lost),
             ("has names of the vocabulary that spell images; leave them out", spells.any(1)),
+            (
+                f"has names beyond the {self.config.vocab_size} that the model knows; leave them "
+                "out",
+                (ids >= self.config.vocab_size).any(1),
+            ),
         ):
             if wrong.any():
                 number = int(wrong.argmax())

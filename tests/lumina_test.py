@@ -201,3 +201,30 @@ def test_a_masked_model_with_the_same_codes_completes_a_share(lumina, tmp_path):
     )
     np.testing.assert_array_equal(codes[:, 0], begun[:, 0])
     assert codes.max() < lumina.mask_token_id
+
+
+def test_a_vocabulary_may_know_more_than_the_model_but_for_images(tmp_path):
+    names = tiny_text.image_vocabulary(32, units=16)
+    vocabulary = names | {"<|image|>": 200}
+    file = tiny_text.make_image_tokenizer(tmp_path / "tokenizer.json", vocabulary)
+    config = tiny_text.chameleon_config(vocab_size=220)
+
+    def load(name, vocab_size):
+        fields = config.to_dict() | {"vocab_size": vocab_size}
+        params = tiny_text.make_params(config.from_dict(fields))
+        write_model_dir(
+            tmp_path / name,
+            kind="language-model",
+            family="chameleon",
+            config=fields,
+            params=params,
+            files=[file],
+        )
+        return Lumina.load(tmp_path / name, mesh=sharding.make_mesh({}, jax.devices()[:1]))
+
+    lumina = load("whole", len(names))
+    assert lumina.protocol.vocab_size > 200
+    with pytest.raises(ValueError, match=f"names beyond the {len(names)} that the model knows"):
+        lumina.read(["a <|image|> dog"], GRID)
+    with pytest.raises(ValueError, match=f"ids up to {len(names) - 1}, but the model knows"):
+        load("cut", len(names) - 1)

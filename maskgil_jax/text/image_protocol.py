@@ -43,6 +43,7 @@ class ImageProtocol:
         end_turn: behind it.
         sizes: id of every number of units, 1, 2, ….
         codes: int32 [k], id of every code.
+        vocab_size: number of ids, those of other names included.
     """
 
     start: int
@@ -52,6 +53,7 @@ class ImageProtocol:
     end_turn: int
     sizes: Sequence[int]
     codes: Int[np.ndarray, " k"]
+    vocab_size: int
 
     @classmethod
     def from_file(cls, path: os.PathLike | str) -> "ImageProtocol":
@@ -122,12 +124,19 @@ class ImageProtocol:
             **{field: names[name] for field, name in single.items()},
             sizes=tuple(sizes),
             codes=np.array([codes[code] for code in range(len(codes))], np.int32),
+            vocab_size=1 + max(i for i in names.values() if isinstance(i, int)),
         )
 
     @property
     def codebook_size(self) -> int:
         """Number of codes k."""
         return len(self.codes)
+
+    @property
+    def highest_id(self) -> int:
+        """The highest id that spells an image or begins or ends a prompt."""
+        ends = (self.start, self.end, self.begin_text, self.end_turn)
+        return int(max(*ends, *self.sizes, self.stream_ids.max()))
 
     @property
     def stream_ids(self) -> Int[np.ndarray, " k1"]:
