@@ -199,7 +199,8 @@ class Lumina:
             sampler: settings of the decoder; those of `sampler()` if `None`.
             seed: seed of all images.
             first_index: number i of the first image, where this is part of a longer list.
-            batch_size: images at a time, made a multiple of the mesh's data axes.
+            batch_size: images at a time, rounded up to a power of two and to a multiple of the
+                mesh's data axes.
 
         Raises:
             ValueError: as `read`; or if the share, the seed or the batch size is out of range,
@@ -221,7 +222,8 @@ class Lumina:
             self.config, self.protocol, sampler.program(), self.mesh, length, count, gw
         )
         shards = sharding.batch_shards(self.mesh)
-        size = -(-min(batch_size, len(sequences)) // shards) * shards
+        # A power of two, made a multiple of the shards: few sizes, few compilations.
+        size = -(-(1 << (min(batch_size, len(sequences)) - 1).bit_length()) // shards) * shards
         for first in range(0, len(sequences), size):
             some = sequences[first : first + size]
             batch = _pad(some + some[-1:] * (size - len(some)), length)
