@@ -26,7 +26,6 @@ from maskgil_jax.models.transformer import (
     DTYPES,
     Transformer,
     TransformerConfig,
-    causal_mask,
     check_choices,
     weight_init,
 )
@@ -251,7 +250,7 @@ class Chameleon(nn.Module):
         length = ids.shape[1]
         x = nn.with_logical_constraint(self.embed(ids), ("batch", "length", "act_embed"))
         table = rope_1d(length, self.config.head_dim, self.config.rope_base)
-        return self.head(self.transformer(x, table, causal_mask(length), train=train))
+        return self.head(self.transformer(x, table, look_back(0, length, length, 0), train=train))
 
 
 @flax.struct.dataclass
