@@ -1,14 +1,13 @@
 """The autoregressive decoder, on a model given as a table of conditional probabilities."""
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from toy_decoding import Condition
 
 from maskgil_jax.decoding import autoregressive, masked
 from maskgil_jax.decoding.autoregressive import AutoregressiveConfig, CausalPredictor, make_spans
@@ -20,17 +19,6 @@ CODES, LENGTH = 5, 4
 def make_table(seed=0):
     """Logits of the next code for [condition, index, code before], one more row for the first."""
     return np.random.default_rng(seed).normal(0, 1.5, (3, LENGTH, CODES + 1, CODES)).astype("f4")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """A cache that is nothing but the condition, as long as anyone likes."""
-
-    condition: Any
-
-    def grow(self, length):
-        return self
 
 
 def table_model(table):

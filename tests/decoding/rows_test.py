@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_decoding import Condition
 
 from maskgil_jax.decoding import autoregressive, masked, rows
 
@@ -19,7 +20,7 @@ def decode(forced, counted=None, count=None, **options):
         return jax.nn.one_hot((index + tokens) % CODES, CODES) * 3.0
 
     def start(condition, length):
-        return logits(condition, 0), condition
+        return logits(condition, 0), Condition(condition)
 
     def step(tokens, index, live, cache):
         return logits(tokens, index + 1), cache
