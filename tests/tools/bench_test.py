@@ -650,6 +650,7 @@ def test_drift_voids_a_result():
             ["--rows", "7", "--size", "m"],
             "size 'm' is unknown; allowed: b, l, xl, xxl, xxxl, 1b, 3b, 7b, tiny",
         ),
+        (["--rows", "7", "--size", "3b"], r"size '3b' has no MaskGIL .configs/3b.py."),
         (["--rows", "7", "--blocks", "4"], "blocks 4 must be at least 5"),
     ],
 )

@@ -49,6 +49,9 @@ def make_config(
         batch_size: images per update.
         dtype: type of the computation.
         family: `maskgil`, or `llamagen`, as `configs/llamagen_b.py` trains it in any size.
+
+    Raises:
+        ValueError: if there is no such file.
     """
     if size == TRIAL_SIZE:
         config = schema.preset()
@@ -57,8 +60,10 @@ def make_config(
         config.model.update(codebook_size=100, num_classes=10, grid_size=(4, 4))
     elif family == LlamaGenConfig.family:
         config = runpy.run_path(str(CONFIGS / "llamagen_b.py"))["get_config"](size=size)
+    elif not (path := CONFIGS / f"{size}.py").exists():
+        raise ValueError(f"size {size!r} has no MaskGIL (configs/{size}.py); rows 6 and 7a take it")
     else:
-        config = runpy.run_path(str(CONFIGS / f"{size}.py"))["get_config"]()
+        config = runpy.run_path(str(path))["get_config"]()
     config.model.dtype = dtype
     config.training.batch_size = batch_size
     return config
