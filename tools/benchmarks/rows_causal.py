@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -92,7 +92,10 @@ def reading_rate(
     side = Codes("llamagen", size, CAUSAL_SAMPLER, dtype)
     for batch in batch_sizes[jax.default_backend()]:
         copy = Copy()
-        contenders = {"decoding": functools.partial(side.draw, batch), "copy": copy}
+        contenders: dict[str, Callable[[], Any]] = {
+            "decoding": functools.partial(side.draw, batch),
+            "copy": copy,
+        }
         times = measure(contenders, dtype, effort)
         # Guidance doubles the sequences.
         rates = {

@@ -61,12 +61,16 @@ class CachedBlock(Block):
 class TorchLlamaGen(nn.Module):
     """A class-conditional LlamaGen; its parts are named as `maskgil_torch.load_weights` expects."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.token_embed = nn.Embedding(config.codebook_size, config.width)
         self.label_embed = nn.Embedding(config.num_classes + 1, config.width)
-        self.layers = nn.ModuleList(CachedBlock(config) for _ in range(config.num_layers))
+        self._blocks = [CachedBlock(config) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(self._blocks)
         self.norm = make_norm("rms", config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         table = rope_table(config)
@@ -89,7 +93,7 @@ class TorchLlamaGen(nn.Module):
             mask: as `CachedBlock.step` takes it.
         """
         turn = self.cos[position], self.sin[position]
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self._blocks, caches, strict=True):
             x = layer.step(x, turn, cache, position, mask)
         return self.head(self.norm(x)).float()
 
