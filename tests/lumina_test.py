@@ -11,6 +11,7 @@ import tiny_text
 from maskgil_jax import generation, sharding
 from maskgil_jax.build import models as build
 from maskgil_jax.checkpoints import write_model_dir
+from maskgil_jax.data.buckets import area_buckets
 from maskgil_jax.decoding import autoregressive, masked, rows
 from maskgil_jax.lumina import REQUEST, Lumina, _pad
 from maskgil_jax.models.chameleon import without_prompt
@@ -26,7 +27,7 @@ def directory(tmp_path_factory):
     config = tiny_text.chameleon_config()
     folder = tmp_path_factory.mktemp("lumina")
     file = tiny_text.make_image_tokenizer(
-        folder / "tokenizer.json", tiny_text.image_vocabulary(32, units=16)
+        folder / "tokenizer.json", tiny_text.image_vocabulary(32, units=32)
     )
     rng = np.random.default_rng(1)
     params = jax.tree.map(
@@ -115,10 +116,10 @@ def test_a_mesh_draws_the_same(shape, lumina):
     np.testing.assert_array_equal(spread.draw(PROMPTS, GRID, seed=3, share=0.5), expected)
 
 
-@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (6, 4)])
-def test_fuzzed_logits_never_make_a_malformed_row(grid, lumina):
+def check_fuzzed(lumina, grid):
     """Whatever the model predicts: noise far above its logits, not a number nowhere."""
-    protocol, config = lumina.protocol, lumina.config
+    protocol = lumina.protocol
+    config = dataclasses.replace(lumina.config, max_positions=2048)
     prefix = _pad(lumina.read(PROMPTS, grid), 32)
     forced = rows.force_rows(grid[0] * grid[1], grid[1], protocol.codebook_size)
     sampler = autoregressive.AutoregressiveConfig(guidance_scale=3.0, temperature=2.0)
@@ -158,6 +159,20 @@ def test_fuzzed_logits_never_make_a_malformed_row(grid, lumina):
         codes = protocol.parse(ids)
         assert codes.shape == grid
         np.testing.assert_array_equal(protocol.write(codes), ids)
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (6, 4)])
+def test_fuzzed_logits_never_make_a_malformed_row(grid, lumina):
+    check_fuzzed(lumina, grid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [256, 512])
+def test_fuzzed_logits_never_make_a_malformed_row_in_any_bucket(size, lumina):
+    sizes = area_buckets(size)
+    assert len(sizes) == {256: 25, 512: 49}[size]
+    for height, width in sizes:
+        check_fuzzed(lumina, (height // 16, width // 16))
 
 
 def test_what_cannot_be_drawn_is_refused(lumina, directory):

@@ -120,6 +120,7 @@ def make_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Draw every figure against the seconds for an image, a line for each batch size."""
     from matplotlib.figure import Figure  # an extra
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = [name for name in rows[0]["figures"] if name in HIGHER_IS_BETTER | LOWER_IS_BETTER]
     figure = Figure(figsize=(3.8 * len(names), 3.4), layout="constrained")
@@ -131,6 +132,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             for row, at in zip(rows, zip(x, y, strict=True), strict=True):
                 panel.annotate(f"{row['share']:.0%}", at, fontsize=7)
         panel.set(xlabel="ms per image", ylabel=name, xscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)
