@@ -11,10 +11,11 @@ from maskgil_jax import loading
 from maskgil_jax.build import models as build
 from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
 from maskgil_jax.decoding.fusion import count_drawn
-from maskgil_jax.generation import Draft, place
+from maskgil_jax.generation import place
 from maskgil_jax.masking import check_choice
 from maskgil_jax.models.base import TokenModelConfig, count_classes
 from maskgil_jax.models.captions import CaptionModelConfig
+from maskgil_jax.programs import Draft
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 

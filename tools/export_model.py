@@ -31,7 +31,7 @@ from jax import export
 from load_exported import FORMAT, HEADER, NPY, PROGRAM, VERSION, WEIGHTS
 
 import maskgil_jax
-from maskgil_jax import ImageGenerator, cli, generation, masking
+from maskgil_jax import ImageGenerator, cli, masking, programs
 from maskgil_jax.decoding import masked
 from maskgil_jax.models.base import count_classes
 
@@ -195,7 +195,7 @@ def export_model(
     config = made.sampler(grid_size, **sampler)
     trees = {"model": made.model.params, "tokenizer": dict(made.tokenizer.params)}
     weights = traverse_util.flatten_dict(trees, sep="/")
-    run = generation.make_image_fn(model, made.tokenizer.config, config, grid_size)
+    run = programs.make_image_fn(model, made.tokenizer.config, config, grid_size)
     program, names = export_program(run, weights, platforms)
     header = {
         "format": FORMAT,

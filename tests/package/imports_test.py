@@ -24,8 +24,8 @@ ROOMS = {
     "stores": {"pictures", "data", "checkpoints"},
     "photo_edit": {"generator", "data"},
     "asked": {"loading", "models", "text"},
-    "drafts": {"loading", "generation", "build.models", "models", "tokenizers", "text", "decoding"}
-    | {"masking"},
+    "drafts": {"loading", "generation", "programs", "build.models", "models", "tokenizers"}
+    | {"text", "decoding", "masking"},
     "lumina": {"models", "text", "decoding", "sharding", "checkpoints", "hub"},
     "training": {"masking"},
     "decoding": {"masking"},
@@ -37,7 +37,9 @@ ROOMS = {
     | {"workdir", "masking", "checkpoints", "config"},
     "loading": {"build.models", "models", "tokenizers", "text", "evals", "convert", "checkpoints"}
     | {"hub", "workdir", "config"},
-    "generation": {"build.models", "models", "tokenizers", "decoding", "sharding"} | {"pictures"},
+    "programs": {"build.models", "models", "tokenizers", "decoding", "sharding", "pictures"},
+    "generation": {"programs", "build.models", "models", "tokenizers", "decoding", "sharding"}
+    | {"pictures"},
     "generator": {"build.models", "build.sizes", "models", "tokenizers", "text", "decoding"}
     | {"masking", "generation", "loading", "drafts", "editing", "sharding", "pictures"},
     "evaluation": {"generator", "generation", "loading", "bulk", "workdir", "checkpoints"}

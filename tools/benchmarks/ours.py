@@ -16,7 +16,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from maskgil_jax import config as schema
-from maskgil_jax import generation, sharding
+from maskgil_jax import programs, sharding
 from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build_models
 from maskgil_jax.build import training as build_training
@@ -380,14 +380,14 @@ def lower_sampler(
     grid_size: tuple[int, int],
     vq: LlamaGenVQConfig | None = None,
 ) -> Any:
-    """Trace and lower the generator's program `(params, vq_params, batch)`, for one device.
+    """Trace and lower the generator's program without a draft, for one device.
 
     Arrays or their shapes; codes only without a tokenizer.
     """
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    run = generation.make_generate_fn(model, sampler.program(), mesh, grid_size, tokenizer=vq)
+    run = programs.make_generate_fn(model, sampler.program(), mesh, grid_size, tokenizer=vq)
     with jax.set_mesh(mesh):
-        return run.lower(params, vq_params, batch)
+        return run.lower((params, None), vq_params, (batch, None))
 
 
 def sampler_compiler(size: str, batch_size: int, settings: dict) -> Callable[[], Any]:
@@ -405,7 +405,7 @@ def sampler_compiler(size: str, batch_size: int, settings: dict) -> Callable[[],
 
     def compile_all() -> None:
         jax.clear_caches()
-        generation.make_generate_fn.cache_clear()
+        programs.make_generate_fn.cache_clear()
         params, vq_params, batch = shapes
         lowered = lower_sampler(params, vq_params, batch, model, sampler, model.grid_size, vq)
         lowered.compile()
@@ -443,7 +443,7 @@ class SampledGrid:
         batch = start_batch(model, batch_size, sampler, grid_size)
         self._run = lower_sampler(params, None, batch, model, sampler, grid_size).compile()
         self.temp_bytes = _temp_bytes(self._run)
-        self._inputs = params, None, batch
+        self._inputs = (params, None), None, (batch, None)
 
     def run(self) -> None:
         """Draw the codes of the batch."""
