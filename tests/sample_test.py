@@ -24,6 +24,7 @@ from maskgil_jax.build import data as build_data
 from maskgil_jax.build import models as build
 from maskgil_jax.cli import parse_size
 from maskgil_jax.data.token_records import TokenRecordSource
+from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
 from maskgil_jax.models.base import ClassModelConfig
 from maskgil_jax.photo_edit import Edit
 from maskgil_jax.sample import describe_records, parse_outpaint, sample
@@ -508,9 +509,12 @@ def finish(process):
 
 
 def test_every_setting_of_the_sampler_is_a_flag_and_in_the_configuration():
-    fields = {field.name for field in dataclasses.fields(SamplerConfig)}
-    assert fields <= set(flags.FLAGS)
-    assert fields == set(schema.default().sampler)
+    masked, causal = (
+        {field.name for field in dataclasses.fields(kind)}
+        for kind in (SamplerConfig, AutoregressiveConfig)
+    )
+    assert masked | causal | {f"ar_{name}" for name in causal} <= set(flags.FLAGS)
+    assert masked | causal == set(schema.default().sampler)
 
 
 def test_command_line(command, cache, tmp_path):

@@ -335,17 +335,12 @@ class CachedChameleon:
             ValueError: if the prefix has another length, or both together have more positions than
                 the model.
         """
-        count, total = self.prefix_length, self.prefix_length + length
+        count = self.prefix_length
         if prefix.ids.shape[1] != count:
             raise ValueError(f"the prefix has {prefix.ids.shape[1]} ids; expected: {count}")
-        if total > self.config.max_positions:
-            raise ValueError(
-                f"{count} ids of prompts and {length} tokens of the image are {total}; the model "
-                f"has {self.config.max_positions} positions: shorten the prompts, or make a "
-                "smaller image"
-            )
+        self._check_length(count + length)
         lengths = jnp.asarray(prefix.lengths)
-        caches = self.transformer.empty(len(lengths), total)
+        caches = self.transformer.empty(len(lengths), count + length)
         mask = look_back(0, count, count, count, lengths)
         x = self._embed(prefix.ids)
         x, caches = self.transformer.extend(x, self.rope[:count], mask, caches, 0)
@@ -362,13 +357,25 @@ class CachedChameleon:
             live: positions of the cache to read, the prefix included; at least as many as are
                 filled then.
             cache: of all tokens before.
+
+        Raises:
+            ValueError: if more positions are read than the model has.
         """
+        self._check_length(live)
         position = self.prefix_length + index
         x = self._embed(jnp.asarray(self.stream_ids)[tokens][:, None])
         mask = look_back(position, 1, live, self.prefix_length, cache.lengths)
         rope = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.rope), position, 1)
         x, caches = self.transformer.extend(x, rope, mask, cache.layers, position)
         return self._logits(x), Cache(caches, cache.lengths)
+
+    def _check_length(self, total: int) -> None:
+        count, most = self.prefix_length, self.config.max_positions
+        if total > most:
+            raise ValueError(
+                f"{count} ids of prompts and {total - count} tokens of the image are {total}; the "
+                f"model has {most} positions: shorten the prompts, or make a smaller image"
+            )
 
     def _embed(self, ids: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l e"]:
         return jnp.asarray(self.embedding)[jnp.asarray(ids)]

@@ -3,6 +3,8 @@ import pytest
 import references
 from flax import linen as nn
 
+from maskgil_jax.build import models as build
+from maskgil_jax.models.llamagen import LlamaGenConfig
 from maskgil_jax.models.sizes import SIZES, swiglu_width
 
 
