@@ -7,8 +7,7 @@ tables of tokens and of the head have one row a code.
 import dataclasses
 
 from maskgil_jax.convert import maskgil
-from maskgil_jax.convert.inference import SizeReader
-from maskgil_jax.convert.maskgil import RULES, build_config, read_options, read_transformer
+from maskgil_jax.convert.maskgil import build_config, read_labelled
 from maskgil_jax.convert.rules import StateDict
 from maskgil_jax.models.llamagen import LlamaGenConfig
 
@@ -32,22 +31,9 @@ def infer_config(
     Raises:
         ConversionError: tensors that carry the sizes are missing, or the sizes make no model.
     """
-    read = SizeReader(NAME, state, RULES)
-    sizes = read_transformer(read)
-    rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
-    classes = read.size("number of classes", (r"cls_embedding\.embedding_table\.weight", 0))
-    read.finish()
-    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
+    told = read_labelled(NAME, state, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
     return build_config(
-        NAME,
-        LlamaGenConfig,
-        **sizes,
-        **options,
-        codebook_size=rows,
-        num_classes=classes - 1,
-        grid_size=grid_size,
-        cond_rope=cond_rope,
-        **LAYOUT,
+        NAME, LlamaGenConfig, **told, grid_size=grid_size, cond_rope=cond_rope, **LAYOUT
     )
 
 

@@ -127,6 +127,27 @@ def read_options(
     }
 
 
+def read_labelled(
+    name: str,
+    state: StateDict,
+    *,
+    num_heads: int | None,
+    qk_norm: str | None,
+    post_norm: str | None,
+) -> dict[str, Any]:
+    """Return what shapes and options tell of a class-conditional model; see `infer_config`.
+
+    The `codebook_size` counts the rows of the tables, a mask token's included.
+    """
+    read = SizeReader(name, state, RULES)
+    sizes = read_transformer(read)
+    rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
+    classes = read.size("number of classes", (r"cls_embedding\.embedding_table\.weight", 0))
+    read.finish()
+    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
+    return {**sizes, **options, "codebook_size": rows, "num_classes": classes - 1}
+
+
 def build_config(name: str, config_type: Any = MaskGILConfig, **fields: Any) -> Any:
     """Build the config, a refusal of which is the checkpoint's or an option's fault."""
     try:
@@ -157,22 +178,9 @@ def infer_config(
     Raises:
         ConversionError: tensors that carry the sizes are missing, or the sizes make no model.
     """
-    read = SizeReader(NAME, state, RULES)
-    sizes = read_transformer(read)
-    rows = read.size("codebook size", (r"tok_embeddings\.weight", 0), (r"output\.weight", 0))
-    classes = read.size("number of classes", (r"cls_embedding\.embedding_table\.weight", 0))
-    read.finish()
-    options = read_options(state, sizes, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
-    return build_config(
-        NAME,
-        **sizes,
-        **options,
-        codebook_size=rows - 1,
-        num_classes=classes - 1,
-        grid_size=grid_size,
-        cond_rope=cond_rope,
-        **LAYOUT,
-    )
+    told = read_labelled(NAME, state, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm)
+    told["codebook_size"] -= 1
+    return build_config(NAME, **told, grid_size=grid_size, cond_rope=cond_rope, **LAYOUT)
 
 
 def abstract_tree(config: TokenModelConfig) -> dict[str, TensorLike]:

@@ -24,6 +24,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool
 
 from maskgil_jax.models.conditioning import check_labels
+from maskgil_jax.models.transformer import TransformerConfig, check_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,38 @@ class TokenModelConfig(abc.ABC):
     @abc.abstractmethod
     def example_condition(self) -> Any:
         """Return a condition of one image, for shapes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryModelConfig(TokenModelConfig, TransformerConfig):
+    """Shape and options of LLaMA blocks over a grid, whose positions are 2D rotary rows.
+
+    Attributes:
+        cond_rope: rows of the condition's tokens: `identity` (cos 1, sin 0), or `zero` (cos = sin =
+            0), which LlamaGen's published weights were trained with.
+        rope_base: base of the rotary frequencies.
+        rope_interpolation: whether another grid than the configured one is spread over its
+            positions, instead of reaching beyond them.
+        embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
+    """
+
+    cond_rope: str = "identity"
+    rope_base: float = 10000.0
+    rope_interpolation: bool = False
+    embedding_dropout: float = 0.0
+
+    def __post_init__(self):
+        TransformerConfig.__post_init__(self)
+        TokenModelConfig.__post_init__(self)
+        check_choices(self, {"cond_rope": ("identity", "zero")})
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base {self.rope_base} must be more than 0")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(
+                f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"
+            )
+        if self.head_dim % 4:
+            raise ValueError(f"2D RoPE needs a head dimension divisible by 4, not {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

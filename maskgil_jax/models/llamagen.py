@@ -18,49 +18,21 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
-from maskgil_jax.models.base import ClassModelConfig, TokenModelConfig
+from maskgil_jax.models.base import ClassModelConfig, RotaryModelConfig
 from maskgil_jax.models.cached import Cache, CachedTransformer, cast_kernels, look_back
 from maskgil_jax.models.conditioning import Embedding, Labels
 from maskgil_jax.models.maskgil import Head
 from maskgil_jax.models.transformer import (
     Transformer,
-    TransformerConfig,
-    check_choices,
     stack_config,
 )
 
-_CHOICES = {"cond_rope": ("identity", "zero")}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalModelConfig(TokenModelConfig, TransformerConfig):
-    """Shape and options of a LlamaGen, whatever it is conditioned on.
-
-    Attributes:
-        cond_rope: rows of the condition's tokens: `identity` (cos 1, sin 0), or `zero` (cos = sin =
-            0), which the published weights were trained with.
-        rope_base: base of the rotary frequencies.
-        rope_interpolation: whether another grid than the configured one is spread over its
-            positions, instead of reaching beyond them.
-        embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
-    """
+class CausalModelConfig(RotaryModelConfig):
+    """Shape and options of a LlamaGen, whatever it is conditioned on."""
 
     causal: ClassVar[bool] = True
-
-    cond_rope: str = "identity"
-    rope_base: float = 10000.0
-    rope_interpolation: bool = False
-    embedding_dropout: float = 0.0
-
-    def __post_init__(self):
-        TransformerConfig.__post_init__(self)
-        TokenModelConfig.__post_init__(self)
-        check_choices(self, _CHOICES)
-        check_rope(self.rope_base, self.head_dim)
-        if not 0 <= self.embedding_dropout < 1:
-            raise ValueError(
-                f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"
-            )
 
     @property
     def num_prefill(self) -> int:
@@ -101,16 +73,12 @@ class LlamaGenConfig(ClassModelConfig, CausalModelConfig):
         return LlamaGen(self)
 
 
-def check_rope(rope_base: float, head_dim: int) -> None:
-    """Raise a `ValueError` unless a 2D rotary table can be made."""
-    if not rope_base > 0:
-        raise ValueError(f"rope_base {rope_base} must be more than 0")
-    if head_dim % 4:
-        raise ValueError(f"2D RoPE needs a head dimension divisible by 4, not {head_dim}")
-
-
 class CausalModel(nn.Module):
-    """Causal LLaMA behind the tokens of a condition, which a family's `embed_condition` gives."""
+    """Causal LLaMA behind the tokens of a condition.
+
+    A family adds the method `embed_condition`, which maps a condition to the prefilling tokens of
+    every image [b n e] and to how many of them count [b], the last ones; all do if that is `None`.
+    """
 
     config: Any  # of the family, a `CausalModelConfig`
 
@@ -144,15 +112,6 @@ class CausalModel(nn.Module):
         mask = look_back(0, length, length, prefix.shape[1], lengths)
         x = self.transformer(x, cfg.rope_table((gh, gw))[:length], mask, train=train)
         return self.head(x[:, prefix.shape[1] - 1 :])
-
-    def embed_condition(
-        self, condition: Any
-    ) -> tuple[Float[Array, "b n e"], Int[Array, " b"] | None]:
-        """Return the prefilling tokens of every image and how many count, the last ones.
-
-        All do if the number is `None`.
-        """
-        raise NotImplementedError
 
     def embed_tokens(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l e"]:
         """Look up codes."""

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from maskgil_jax.models import rope as rope_lib
+from maskgil_jax.models.base import RotaryModelConfig
 from maskgil_jax.models.captions import (
     ByteEncoder,
     Caption,
@@ -27,49 +28,26 @@ from maskgil_jax.models.conditioning import Embedding
 from maskgil_jax.models.maskgil import Head
 from maskgil_jax.models.transformer import (
     Transformer,
-    TransformerConfig,
-    check_choices,
     stack_config,
 )
 
-_CHOICES = {"cond_rope": ("identity", "zero")}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskGILTextConfig(CaptionModelConfig, TransformerConfig):
+class MaskGILTextConfig(CaptionModelConfig, RotaryModelConfig):
     """Shape and options of a text-conditional MaskGIL.
 
     Attributes:
         null_length: tokens of the learned null caption.
-        cond_rope: rotary rows of the caption's tokens: `identity` (cos 1, sin 0), or `zero` (both).
-        rope_base: base of the rotary frequencies.
-        rope_interpolation: whether another grid than the configured one is spread over its
-            positions, instead of reaching beyond them.
-        embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
     """
 
     family: ClassVar[str] = "maskgil-text"
 
     null_length: int = 1
-    cond_rope: str = "identity"
-    rope_base: float = 10000.0
-    rope_interpolation: bool = False
-    embedding_dropout: float = 0.0
 
     def __post_init__(self):
-        TransformerConfig.__post_init__(self)
-        CaptionModelConfig.__post_init__(self)
-        check_choices(self, _CHOICES)
+        super().__post_init__()
         if self.null_length < 1:
             raise ValueError(f"null_length {self.null_length} must be at least 1")
-        if not self.rope_base > 0:
-            raise ValueError(f"rope_base {self.rope_base} must be more than 0")
-        if not 0 <= self.embedding_dropout < 1:
-            raise ValueError(
-                f"embedding_dropout {self.embedding_dropout} is out of range; allowed: [0, 1)"
-            )
-        if self.head_dim % 4:
-            raise ValueError(f"2D RoPE needs a head dimension divisible by 4, not {self.head_dim}")
         if self.null_length > self.num_prefill:
             raise ValueError(
                 f"null_length {self.null_length} is more than the {self.num_prefill} tokens that a "
