@@ -193,6 +193,7 @@ def default() -> ConfigDict:
     training.ema_decay = 0.0  # decay of the parameter average; 0 keeps none
 
     optimizer = config.optimizer = ConfigDict()  # see OptimizerConfig
+    optimizer.name = "adamw"  # adamw | muon (of matrices inside of a transformer)
     optimizer.learning_rate = 1e-4
     optimizer.rate_schedule = "constant"  # constant | cosine
     optimizer.warmup_steps = 0

@@ -124,6 +124,8 @@ def state_shardings(abstract: Any, mesh: Mesh) -> Any:
     def sharding(leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
+        if not jax.tree.leaves(leaf.value):
+            return leaf.value  # a part of an optimiser's state that this parameter has not
         names = leaf.names
         if unknown := set(names) - known:
             raise ValueError(

@@ -134,3 +134,93 @@ def test_a_warm_up_longer_than_a_cosine_run_is_refused():
     config = OptimizerConfig(rate_schedule="cosine", warmup_steps=10)
     with pytest.raises(ValueError, match="num_steps 10: shorten config.optimizer.warmup_steps"):
         make_rate(config, 10)
+
+
+def transformer_tree(seed):
+    """A tree named as a transformer's, with two layers."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "token_embed": {"embedding": (9, 6)},
+        "head": {"kernel": (6, 9)},
+        "layers": {
+            "attention": {"qkv": {"kernel": (2, 6, 3, 2, 4)}, "out": {"kernel": (2, 2, 4, 6)}},
+            "attention_norm": {"scale": (2, 6)},
+            "mlp": {"gate_up": {"kernel": (2, 6, 2, 8)}, "down": {"kernel": (2, 8, 6)}},
+        },
+    }
+    return jax.tree.map(
+        lambda shape: rng.standard_normal(shape).astype(np.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def matrices(name, value):
+    """The matrices of a kernel, [n, inputs, outputs]."""
+    if name == "qkv":
+        return np.moveaxis(value, 2, 1).reshape(6, 6, 8)
+    if name == "gate_up":
+        return np.moveaxis(value, 2, 1).reshape(4, 6, 8)
+    return value.reshape(2, -1, 6)
+
+
+def test_muon_makes_the_update_of_every_matrix_orthogonal():
+    """Singular vectors of the gradient, with singular values near one: the polar factor."""
+    config = OptimizerConfig(name="muon", learning_rate=0.5, weight_decay=0.0, clip_norm=0.0)
+    params, gradient = transformer_tree(0), transformer_tree(1)
+    (after,) = run(config, params, [gradient])
+    for module, name in [
+        ("attention", "qkv"),
+        ("attention", "out"),
+        ("mlp", "gate_up"),
+        ("mlp", "down"),
+    ]:
+
+        def find(tree):
+            return matrices(name, np.asarray(tree["layers"][module][name]["kernel"]))  # noqa: B023
+
+        update, slope = find(after) - find(params), find(gradient)
+        for one, other in zip(update, slope, strict=True):
+            left, _, right = np.linalg.svd(other, full_matrices=False)
+            values = left.T @ one @ right.T
+            # The rate, times what gives a root mean square of 0.2, down the slope.
+            size = -0.5 * 0.2 * max(one.shape) ** 0.5
+            diagonal = np.diag(values) / size
+            assert 0.6 < diagonal.min() <= diagonal.max() < 1.3
+            assert np.abs(values - np.diag(np.diag(values))).max() < 1e-3
+
+
+def test_muon_leaves_embeddings_head_and_norms_to_adamw():
+    settings = dict(learning_rate=0.1, weight_decay=0.3, clip_norm=0.0, betas=(0.8, 0.95))
+    params, gradients = transformer_tree(0), [transformer_tree(1), transformer_tree(2)]
+    muon = run(OptimizerConfig(name="muon", **settings), params, gradients)[-1]
+    adamw = run(OptimizerConfig(**settings), params, gradients)[-1]
+    for path in [("token_embed", "embedding"), ("head", "kernel")]:
+        np.testing.assert_array_equal(muon[path[0]][path[1]], adamw[path[0]][path[1]])
+    np.testing.assert_array_equal(
+        muon["layers"]["attention_norm"]["scale"], adamw["layers"]["attention_norm"]["scale"]
+    )
+    assert not np.allclose(
+        muon["layers"]["mlp"]["down"]["kernel"], adamw["layers"]["mlp"]["down"]["kernel"]
+    )
+
+
+def test_muon_decays_matrices():
+    config = OptimizerConfig(name="muon", learning_rate=0.5, weight_decay=0.4, clip_norm=0.0)
+    params = transformer_tree(0)
+    (after,) = run(config, params, [jax.tree.map(np.zeros_like, params)])
+    for name, kernel in params["layers"]["mlp"].items():
+        decayed = after["layers"]["mlp"][name]["kernel"]
+        np.testing.assert_allclose(decayed, 0.8 * kernel["kernel"], rtol=1e-5)
+
+
+def test_muon_refuses_what_is_no_transformer():
+    optimizer = make_optimizer(OptimizerConfig(name="muon"), 10)
+    params = {"encoder": {"conv_in": {"kernel": np.zeros((3, 3, 4, 8), np.float32)}}}
+    with pytest.raises(ValueError, match=r"cannot train encoder/conv_in/kernel \(3, 3, 4, 8\)"):
+        optimizer.init(params)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer.name 'lion'.*adamw"):
+        OptimizerConfig(name="lion")
