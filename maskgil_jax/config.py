@@ -168,7 +168,7 @@ def default() -> ConfigDict:
     data.bucket_sizes = ()  # the listed buckets, (height, width) in pixels
     data.split = "train"
     data.image_size = (256, 256)  # height and width in pixels
-    data.crop = "center"  # center | random (80 to 100 % of the shorter side) | window (of canvases)
+    data.crop = "center"  # center | random (80 to 100 % of the shorter side)
     data.flip = True  # random horizontal flips; False for tokens, whose crops were chosen before
     data.shift_px = 0.0  # random shifts up to this many pixels
     data.rotation_deg = 0.0  # random rotations up to this angle

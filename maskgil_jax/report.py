@@ -282,8 +282,10 @@ def _example_images(config: ConfigDict) -> np.ndarray:
     """Return images to reconstruct: held-out ones of digits and canvases, else the first."""
     if config.data.name == "digits":
         return to_float(digits_arrays("test")[0])
-    held_out = config.data.name == "canvases"
-    source = CanvasSource("test") if held_out else build_data.make_source(config)
+    if config.data.name == "canvases":
+        source: Any = CanvasSource("test", tuple(config.data.image_size))
+    else:
+        source = build_data.make_source(config)
     transform = build_data.image_transform(config)
     count = min(len(source), 64)
     rng = np.random.default_rng(config.seed)

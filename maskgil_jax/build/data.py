@@ -16,7 +16,7 @@ from maskgil_jax.data import transforms
 from maskgil_jax.data.arrays import ArraySource
 from maskgil_jax.data.buckets import Size, Subset, format_size, split_by_bucket
 from maskgil_jax.data.canvas_captions import CaptionedCanvasSource
-from maskgil_jax.data.canvases import MIN_SIZE, CanvasSource
+from maskgil_jax.data.canvases import CanvasSource, check_size
 from maskgil_jax.data.digits import DigitsSource
 from maskgil_jax.data.folder import ImageFolderSource
 from maskgil_jax.data.pipeline import Source, make_bucketed_loader, make_loader
@@ -24,7 +24,7 @@ from maskgil_jax.masking import check_choice
 from maskgil_jax.tokenizers.base import Tokenizer
 
 DATASETS = ("digits", "canvases", "folder", "tfds", "tokens", "captions")
-CROPS = ("center", "random", "window")
+CROPS = ("center", "random")
 
 
 def make_sources(config: ConfigDict) -> dict[Size, Source]:
@@ -70,7 +70,7 @@ def make_source(config: ConfigDict) -> Source:
     if data.name == "digits":
         return DigitsSource(data.split)
     if data.name == "canvases":
-        return CanvasSource(data.split)
+        return CanvasSource(data.split, tuple(data.image_size))
     if not data.path:
         raise ValueError(f"data.path is empty; data.name {data.name!r} needs the dataset's folder")
     if data.name == "folder":
@@ -97,10 +97,8 @@ def image_transform(config: ConfigDict, size: Size | None = None) -> transforms.
         size: height and width in pixels; `data.image_size` if `None`.
     """
     data = config.data
-    parts: list[transforms.Transform] = []
-    drawn_in_size = captions.is_captioned(config) and data.name == "canvases"
-    if not drawn_in_size:
-        parts.append(_make_crop(data, size or tuple(data.image_size)))
+    crop = _make_crop(data, size or tuple(data.image_size))
+    parts: list[transforms.Transform] = [] if crop is None else [crop]
     affine = transforms.RandomAffine(
         max_shift_px=data.shift_px,
         max_rotation_deg=data.rotation_deg,
@@ -113,24 +111,20 @@ def image_transform(config: ConfigDict, size: Size | None = None) -> transforms.
     return transforms.Chain(transforms=(*parts, transforms.ToFloat()))
 
 
-def _make_crop(data: ConfigDict, size: Size) -> transforms.Transform:
-    """Return the crop to a size."""
+def _make_crop(data: ConfigDict, size: Size) -> transforms.Transform | None:
+    """Return the crop to a size; `None` for images that are drawn in it."""
     height, width = size
     check_choice("data.crop", data.crop, CROPS)
-    if (data.crop == "window") != (data.name == "canvases"):
-        raise ValueError(
-            f"data.crop {data.crop!r} does not go with data.name {data.name!r}: windows are cut of "
-            "canvases, and of nothing else"
-        )
     if data.name == "canvases":
-        if max(height, width) > MIN_SIZE:
+        if data.crop != "center":
             raise ValueError(
-                f"data.image_size {(height, width)} is larger than the smallest canvas; allowed: "
-                f"sides up to {MIN_SIZE}"
+                f"data.crop {data.crop!r} has no meaning with data.name 'canvases', which are "
+                "drawn in the size that is asked for; leave it at 'center'"
             )
         if data.flip:
             raise ValueError("data.flip True would mirror the digits of canvases; use False")
-        return transforms.RandomCrop(size=(height, width))
+        check_size(size)
+        return None
     if data.name == "captions":
         if data.flip:
             raise ValueError("data.flip True would mirror what captions say of left and right")

@@ -2,13 +2,14 @@
 
 The embedded dataset of pictures that have a content to talk about: which digits, how many, in which
 colours, where. Each is drawn from scikit-learn's real digits (`digits`; a test canvas has test
-digits only), and the `Scene` beside it says exactly what is on it. Start of the training path of
-the canvas tokenizer; captions, and the check of pictures made from them, build on `Scene`.
+digits only), and the `Scene` beside it says exactly what is on it. A canvas is divided into square
+cells, and each digit stands in one, so that little data and a small model suffice to learn where
+things are. Start of the training path of the canvas tokenizer; captions, and the check of pictures
+made from them, build on `Scene`.
 """
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 from PIL import Image
 
-from maskgil_jax.data.digits import IMAGE_SIZE, SPLITS, digits_arrays
+from maskgil_jax.data.digits import SPLITS, digits_arrays
 
 Size = tuple[int, int]
 
@@ -29,16 +30,14 @@ SIZES: tuple[Size, ...] = (
     (64, 128),
     (128, 64),
     (96, 96),
-    (128, 128),
 )
-SIZE_MULTIPLE = 16
+CELL_PX = 32  # side of a cell; the sides of a canvas are multiples of it
 MIN_SIZE, MAX_SIZE = 64, 128
 
 # Full ink of each colour. One channel is always 255, so the largest channel of a pixel is its ink,
 # and the direction of its RGB vector is its colour, however thin the stroke is there.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (255, 24, 24),
-    "orange": (255, 128, 0),
     "yellow": (255, 240, 40),
     "green": (24, 255, 48),
     "cyan": (0, 230, 255),
@@ -52,12 +51,11 @@ MAX_DIGITS = 3
 # Share of the canvases of several digits on which they are all the same digit: drawn freely, "three
 # sevens" would be on one canvas in 300 and nothing could learn to count them.
 SAME_DIGIT_SHARE = 0.3
-MIN_DIGIT_PX, MAX_DIGIT_PX = 24, 48  # side of a digit's scan, 8×8 cells, on the canvas
-MAX_ROTATION_DEG = 10.0
-GAP_PX = 3  # between the boxes of two digits
+# Side of a digit's scan, which is in the middle of its cell: neighbours do not touch.
+DIGIT_PX = 28
 
-# Ink of the enlarged scan up to the first value is paper, from the second on it is full; between
-# them lies a soft edge. A scan is blurred by its 8×8 cells: without this no pixel has full colour.
+# Ink of the scan up to the first value is paper, from the second on it is full; between them lies a
+# soft edge. A scan is blurred by its 8×8 pixels: without this no pixel has full colour.
 _PAPER, _FULL = 0.15, 0.7
 
 
@@ -126,7 +124,7 @@ class CanvasSource:
     def __init__(self, split: str = "train", size: Size | None = None, *, seed: int = 0):
         _check_split(split)
         if size is not None:
-            _check_size(size)
+            check_size(size)
         if seed < 0:
             raise ValueError(f"seed = {seed}; give 0 or more")
         self.split, self.size, self.seed = split, size, seed
@@ -160,17 +158,16 @@ class CanvasSource:
 def draw_scene(
     rng: np.random.Generator, split: str, size: Size
 ) -> tuple[UInt8[np.ndarray, "H W 3"], Scene]:
-    """Draw one to three digits of a split somewhere on a canvas of `size` (height, width).
+    """Draw one to three digits of a split, each in a cell of a canvas of `size` (height, width).
 
-    Number, digits, colours, sizes (24..48 px), rotations (up to 10° to either side) and places are
-    uniform, but for a share of canvases that repeat one digit. What does not fit together on a
-    small canvas is drawn anew with other sizes, so digits there are smaller on average.
+    Number, digits, colours and cells are uniform, but for a share of canvases that repeat one
+    digit.
 
     Raises:
-      ValueError: unknown split, or sides that are not multiples of 16 from 64 to 128.
+      ValueError: unknown split, or sides that are not multiples of 32 from 64 to 128.
     """
     _check_split(split)
-    _check_size(size)
+    check_size(size)
     count = int(rng.integers(1, MAX_DIGITS + 1))
     kinds = rng.integers(10, size=count)
     if rng.random() < SAME_DIGIT_SHARE:
@@ -194,7 +191,7 @@ def draw_digits(
         each, or digits or colours that there are not.
     """
     _check_split(split)
-    _check_size(size)
+    check_size(size)
     if not 1 <= len(digits) == len(colours) <= MAX_DIGITS:
         raise ValueError(
             f"{len(digits)} digits and {len(colours)} colours; allowed: 1 to {MAX_DIGITS} digits, "
@@ -211,14 +208,17 @@ def draw_digits(
 def _paint(
     rng: np.random.Generator, split: str, size: Size, rows: list[int], colours: Sequence[str]
 ) -> tuple[UInt8[np.ndarray, "H W 3"], Scene]:
-    inks, boxes = _arrange(rng, split, rows, size)
-
     image = np.zeros((*size, 3), np.uint8)
     labels = _load_scans(split)[1]
+    columns = size[1] // CELL_PX
+    cells = rng.choice(size[0] // CELL_PX * columns, size=len(rows), replace=False)
     objects = []
-    for row, colour, ink, box in zip(rows, colours, inks, boxes, strict=True):
-        top, left, bottom, right = box
+    for row, colour, cell in zip(rows, colours, cells.tolist(), strict=True):
+        ink, (down, across) = _load_inks(split)[row]
+        top, left = cell // columns * CELL_PX + down, cell % columns * CELL_PX + across
+        bottom, right = top + ink.shape[0], left + ink.shape[1]
         image[top:bottom, left:right] = np.rint(ink[..., None] * np.array(COLOURS[colour]))
+        box = (top, left, bottom, right)
         objects.append(SceneObject(digit=int(labels[row]), colour=colour, box=box, row=row))
     return image, Scene(size=size, objects=tuple(objects))
 
@@ -229,66 +229,6 @@ def _draw_rows(rng: np.random.Generator, split: str, digits: Sequence[int]) -> l
     return [int(rng.choice(rows[digit])) for digit in digits]
 
 
-def _arrange(
-    rng: np.random.Generator, split: str, rows: list[int], size: Size
-) -> tuple[list[Float32[np.ndarray, "_ _"]], list[tuple[int, int, int, int]]]:
-    """Size, turn and place the digits; begin anew when one finds no place.
-
-    Ends soon: three digits at their smallest fit on the smallest canvas in most arrangements.
-    """
-    while True:
-        inks: list[np.ndarray] = []
-        boxes: list[tuple[int, int, int, int]] = []
-        for row in rows:
-            ink = _render(rng, split, row)
-            corners = _free_corners(boxes, ink.shape, size)
-            if not corners.size:
-                break
-            top, left = divmod(int(rng.choice(corners)), size[1])
-            inks.append(ink)
-            boxes.append((top, left, top + ink.shape[0], left + ink.shape[1]))
-        if len(boxes) == len(rows):
-            return inks, boxes
-
-
-def _free_corners(
-    boxes: list[tuple[int, int, int, int]], shape: tuple[int, ...], size: Size
-) -> Int[np.ndarray, " n"]:
-    """Return every pixel, counted row by row, where the top left corner of `shape` can be."""
-    height, width = shape
-    free = np.zeros(size, bool)
-    free[: max(size[0] - height + 1, 0), : max(size[1] - width + 1, 0)] = True
-    for top, left, bottom, right in boxes:
-        rows = slice(max(top - GAP_PX - height + 1, 0), bottom + GAP_PX)
-        free[rows, max(left - GAP_PX - width + 1, 0) : right + GAP_PX] = False
-    return np.flatnonzero(free)
-
-
-def _render(rng: np.random.Generator, split: str, row: int) -> Float32[np.ndarray, "_ _"]:
-    """Return the ink (0..1) of one digit at a drawn size and rotation, cut to its box."""
-    scale = rng.uniform(MIN_DIGIT_PX, MAX_DIGIT_PX) / IMAGE_SIZE
-    angle = math.radians(rng.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG))
-    side = math.ceil(IMAGE_SIZE * scale * math.sqrt(2))  # room for any rotation
-    a, b = math.cos(angle) / scale, -math.sin(angle) / scale
-    middle = side / 2
-    x0 = IMAGE_SIZE / 2 - (a + b) * middle
-    y0 = IMAGE_SIZE / 2 - (a - b) * middle
-    # Pillow wants the way back: for each pixel of the result, where it comes from.
-    turned = _load_pictures(split)[row].transform(
-        (side, side),
-        Image.Transform.AFFINE,
-        (a, b, x0, -b, a, y0),
-        resample=Image.Resampling.BICUBIC,
-    )
-    ink = np.asarray(turned) - np.float32(_PAPER)
-    ink /= np.float32(_FULL - _PAPER)
-    np.clip(ink, 0, 1, out=ink)
-    # What would round to nothing in every colour is no ink.
-    there = ink >= 1 / 255
-    lines, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
-    return ink[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
-
-
 @functools.cache
 def _load_scans(split: str) -> tuple[Float32[np.ndarray, "b 32 32"], Int32[np.ndarray, " b"]]:
     """Return the ink (0..1) and the labels of the split's digits."""
@@ -297,8 +237,20 @@ def _load_scans(split: str) -> tuple[Float32[np.ndarray, "b 32 32"], Int32[np.nd
 
 
 @functools.cache
-def _load_pictures(split: str) -> list[Image.Image]:
-    return [Image.fromarray(scan) for scan in _load_scans(split)[0]]
+def _load_inks(split: str) -> list[tuple[Float32[np.ndarray, "_ _"], tuple[int, int]]]:
+    """Return the ink (0..1) of each digit, cut to its box, and the box's corner in a cell."""
+    margin = (CELL_PX - DIGIT_PX) // 2
+    inks = []
+    for scan in _load_scans(split)[0]:
+        small = Image.fromarray(scan).resize((DIGIT_PX, DIGIT_PX), Image.Resampling.BICUBIC)
+        ink = (np.asarray(small) - np.float32(_PAPER)) / np.float32(_FULL - _PAPER)
+        np.clip(ink, 0, 1, out=ink)
+        # What would round to nothing in every colour is no ink.
+        there = ink >= 1 / 255
+        lines, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
+        cut = ink[lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
+        inks.append((cut, (margin + int(lines[0]), margin + int(columns[0]))))
+    return inks
 
 
 @functools.cache
@@ -311,11 +263,10 @@ def _check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r} of the canvases; allowed: {SPLITS}")
 
 
-def _check_size(size: Size) -> None:
-    if len(size) != 2 or any(
-        side % SIZE_MULTIPLE or not MIN_SIZE <= side <= MAX_SIZE for side in size
-    ):
+def check_size(size: Size) -> None:
+    """Raise a `ValueError` for a height and width that no canvas has."""
+    if len(size) != 2 or any(side % CELL_PX or not MIN_SIZE <= side <= MAX_SIZE for side in size):
         raise ValueError(
-            f"canvas size {size}; allowed: height and width that are multiples of {SIZE_MULTIPLE} "
+            f"canvas size {size}; allowed: height and width that are multiples of {CELL_PX} "
             f"from {MIN_SIZE} to {MAX_SIZE}, such as {SIZES[1]}"
         )

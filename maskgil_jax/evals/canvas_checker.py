@@ -36,11 +36,11 @@ Box = tuple[int, int, int, int]
 # Brightest channel of a pixel, 0..255. From the first on it is ink; a digit's soft edge, one pixel
 # beside ink, may be as dark as the second.
 _INK, _EDGE = 64, 16
-_MAX_SIDE = 56  # of a digit; those drawn have up to 53 pixels
-_MIN_SIDE = 15  # of a digit; those drawn have 24 and more, fragments mostly less
+_MAX_SIDE = 36  # of a digit; those drawn have 28 pixels, some models make them a little larger
+_MIN_SIDE = 15  # of a digit; fragments mostly have less
 _SPECK = 6  # pixels that are not even a fragment
 _JOIN_PX = 6  # how far off a fragment may be from the digit of its colour that it belongs to
-_WIDE = 1.05  # width to height beyond which it must be two digits; those drawn have up to 0.97
+_WIDE = 1.05  # width to height beyond which it must be two digits; those drawn have up to 0.93
 _MIN_HEIGHT = 20  # of a piece that is not as wide and may be a digit of its own
 # Least share of the ink for a second colour to be that of another digit that touches.
 _COLOUR_SHARE = 0.25

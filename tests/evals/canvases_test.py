@@ -73,16 +73,16 @@ def test_nothing_drawn_is_no_colour(heldout, train):
 
 def test_a_cut_keeps_shape_and_place():
     image = np.zeros((40, 50, 3), np.uint8)
-    image[4:36, 10:26] = COLOURS["orange"]
+    image[4:36, 10:26] = COLOURS["yellow"]
     crop = cut_digit(image, (4, 10, 36, 26))
     assert crop.shape == (16, 16, 3)
     # 32×16 pixels become 16×8 in the middle of the square.
-    np.testing.assert_allclose(crop[1:-1, 5:11], np.broadcast_to(COLOURS["orange"], (14, 6, 3)))
+    np.testing.assert_allclose(crop[1:-1, 5:11], np.broadcast_to(COLOURS["yellow"], (14, 6, 3)))
     assert not crop[:, :3].any()
     assert not crop[:, -3:].any()
     # Only the box: what is beside it does not come in.
     np.testing.assert_allclose(
-        cut_digit(image, (4, 10, 20, 26)), np.full((16, 16, 3), (255, 128, 0))
+        cut_digit(image, (4, 10, 20, 26)), np.full((16, 16, 3), COLOURS["yellow"])
     )
 
 
@@ -105,7 +105,7 @@ def refusals(heldout):
         r"originals: pixels -.*allowed 0\.\.255": (crops, {"originals": -crops}),
         "rebuilt: digits have shape .* one integer": (crops[1:], {}),
         "digits have .* float64": (crops, {"digits": digits * 1.0}),
-        "colours are 0..7; allowed: rows of the palette, 0..6": (crops, {"palette": PALETTE[:7]}),
+        "colours are 0..6; allowed: rows of the palette, 0..5": (crops, {"palette": PALETTE[:6]}),
         "train: digits have": (crops, {"train": (crops, digits[1:])}),
         "colours have shape": (crops, {"colours": colours[:, None]}),
     }
