@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ImageGenerator": "maskgil_jax.generator",
+    "Lumina": "maskgil_jax.lumina",
     "mix_labels": "maskgil_jax.models.conditioning",
     "load_model": "maskgil_jax.loading",
     "load_text_encoder": "maskgil_jax.loading",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from maskgil_jax.generation import decode_images, generate_tokens
     from maskgil_jax.generator import ImageGenerator
     from maskgil_jax.loading import load_model, load_text_encoder, load_tokenizer
+    from maskgil_jax.lumina import Lumina
     from maskgil_jax.models.conditioning import mix_labels
 
 

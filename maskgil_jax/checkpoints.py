@@ -182,6 +182,15 @@ def read_model_dir(path: os.PathLike | str) -> ModelDir:
     )
 
 
+def read_kind(path: os.PathLike | str) -> str:
+    """Return of which kind a model directory is; of its files only `config.json` is read.
+
+    Raises:
+        CheckpointError: if it is not ours.
+    """
+    return str(_read_header(pathlib.Path(path) / _CONFIG)["kind"])
+
+
 def list_model_files(config: os.PathLike | str) -> tuple[str, ...]:
     """Return the names of all files of a model directory, of which only `config.json` is read.
 

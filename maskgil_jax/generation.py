@@ -50,6 +50,16 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
 
 
+def check_first_index(first_index: int, count: int) -> None:
+    """Raise a `ValueError` unless so many images can be numbered from there on."""
+    whole = isinstance(first_index, int | np.integer)
+    if not (whole and 0 <= first_index <= MAX_IMAGES - count):
+        raise ValueError(
+            f"first_index {first_index} is out of range; allowed: 0 to {MAX_IMAGES - count}, for "
+            f"{count} images"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
     """What a generation made.
@@ -127,12 +137,7 @@ def generate(
     total = len(jax.tree.leaves(condition)[0])
     check_batch_size(batch_size)
     masked.check_seed(seed)
-    whole = isinstance(first_index, int | np.integer)
-    if not (whole and 0 <= first_index <= MAX_IMAGES - total):
-        raise ValueError(
-            f"first_index {first_index} is out of range; allowed: 0 to "
-            f"{MAX_IMAGES - total}, for {total} images"
-        )
+    check_first_index(first_index, total)
     gh, gw = grid_size or (model.grid_size if start is None else start.shape[1:])
     if draft is not None:
         draft = _check_draft(model, draft, total, gh * gw, start)
@@ -141,8 +146,8 @@ def generate(
     )
     if masked_sampler is None and (callback is not None or return_trace):
         raise ValueError(
-            "a causal model draws all tokens in one program: there are no steps to call back after "
-            "or to trace"
+            "a causal model draws all tokens, or all are known at the start: there are no steps to "
+            "call back after or to trace"
         )
     start = _check_start(model, start, total, (gh, gw))
     mesh = mesh or sharding.make_mesh({"data": -1})
@@ -431,7 +436,7 @@ def _share_out(
     start: Any,
     seq_len: int,
 ) -> tuple[Draft | None, SamplerConfig | None]:
-    """Return what is left to a causal model and to a masked one.
+    """Return what is left to a causal model and to a masked one, `None` where nothing is.
 
     Raises:
         ValueError: if the sampler is none of the model's, or a causal model has a start or a draft.
@@ -441,7 +446,10 @@ def _share_out(
             f"a model of family {model.family!r} is not decoded by {type(sampler).__name__}"
         )
     if isinstance(sampler, SamplerConfig):
-        return draft, None if draft is not None and draft.count == seq_len else sampler
+        unknown = seq_len - (0 if draft is None else draft.count)
+        if start is not None and np.size(start):
+            unknown = np.count_nonzero(np.asarray(start) == model.mask_token_id)
+        return draft, sampler if unknown else None
     if start is not None or draft is not None:
         raise ValueError("a causal model draws all tokens; give it no start and no draft")
     condition, null = conditions

@@ -19,7 +19,16 @@ from maskgil_jax.build import models as build
 from maskgil_jax.build.sizes import check_size
 from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
 from maskgil_jax.decoding.sampler import SamplerConfig
-from maskgil_jax.drafts import PREFIX, Drafter, load_drafting
+from maskgil_jax.drafts import (
+    PREFIX,
+    Begun,
+    Call,
+    CausalModel,
+    Drafter,
+    Shown,
+    load_drafting,
+    make_drafter,
+)
 from maskgil_jax.generation import (
     Callback,
     Generation,
@@ -57,7 +66,8 @@ class ImageGenerator:
 
     With a causal model beside it (`ar_model`, fusion), that one draws the first share of the tokens
     one by one, and the model completes the rest. The settings of its decoder, the fields of
-    `AutoregressiveConfig`, are given as `ar_guidance_scale`, `ar_temperature` and so on.
+    `AutoregressiveConfig`, are given as `ar_guidance_scale`, `ar_temperature` and so on. Beside a
+    text-conditional model it may be a language model, `Lumina`.
     """
 
     def __init__(
@@ -65,7 +75,7 @@ class ImageGenerator:
         model: loading.Model,
         tokenizer: Tokenizer,
         *,
-        ar_model: loading.Model | None = None,
+        ar_model: CausalModel | None = None,
         ar_share: float = 0.25,
         text_encoder: TextEncoder | None = None,
         batch_size: int = 64,
@@ -77,7 +87,8 @@ class ImageGenerator:
         Args:
             model: the model.
             tokenizer: the tokenizer.
-            ar_model: a causal model that begins every image; none if `None`.
+            ar_model: a causal model that begins every image, from the same classes or captions; or
+                a `Lumina`, from the prompts, which computes on its own mesh; none if `None`.
             ar_share: share of the tokens that it draws, 0 to 1, where a call does not say.
             text_encoder: what turns prompts into features, of a model that was trained with them.
             batch_size: images at a time, rounded up to a power of two.
@@ -105,16 +116,15 @@ class ImageGenerator:
         self._params = place(model.params, self.mesh)
         self.drafter: Drafter | None = None
         if ar_model is not None:
-            self.drafter = Drafter.create(ar_model, ar_share, model.config, self.mesh)
+            self.drafter = make_drafter(ar_model, ar_share, model.config, tokenizer.spec, self.mesh)
         self._decoder = dataclasses.replace(
             tokenizer, params=place(dict(tokenizer.params), self.mesh)
         )
         if batch_invariant:
-            whole = [self._params, self._decoder.params]
-            if self.drafter is not None:
-                whole.append(self.drafter.model.params)
-            for params in whole:
+            for params in (self._params, self._decoder.params):
                 sharding.check_whole("batch_invariant", params, self.mesh)
+            if self.drafter is not None:
+                self.drafter.check_whole("batch_invariant")
 
     @classmethod
     def from_checkpoint(
@@ -136,8 +146,9 @@ class ImageGenerator:
         Args:
             path: run directory or model directory; of the latter also the address on the Hugging
                 Face hub, `hf://owner/repo[/folder][@revision]`.
-            ar_checkpoint: run or model directory of a causal model that begins every image; none if
-                `None`.
+            ar_checkpoint: run or model directory of a causal model that begins every image, or
+                model directory of a Lumina-mGPT, which is split over the devices (with
+                `batch_invariant`, whole on the first); none if `None`.
             ar_share: share of the tokens that it draws, 0 to 1, where a call does not say.
             tokenizer: path or address of the tokenizer, or `asset:NAME`; by default the run's. A
                 model directory names none.
@@ -163,7 +174,9 @@ class ImageGenerator:
             model, path, tokenizer, dtype=tokenizer_dtype, tile_size=tile_size
         )
         encoder = loading.open_text_encoder(model, path, text_encoder)
-        ar_model = None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq, encoder)
+        ar_model = None
+        if ar_checkpoint is not None:
+            ar_model = load_drafting(ar_checkpoint, vq, encoder, mesh=mesh, whole=batch_invariant)
         return cls(
             model,
             vq,
@@ -230,7 +243,7 @@ class ImageGenerator:
                 model takes prompts and not labels, or the other way round.
         """
         made = self._generate(
-            self._condition(labels, prompts, negative_prompt),
+            self._read(labels, prompts, negative_prompt),
             sampler,
             grid_size=self._grid(size),
             rope_interpolation=rope_interpolation,
@@ -264,7 +277,7 @@ class ImageGenerator:
         if "return_trace" in sampler:
             raise ValueError("return_trace has no meaning here; call the generator itself")
         return self._generate(
-            self._condition(labels, prompts, negative_prompt),
+            self._read(labels, prompts, negative_prompt),
             sampler,
             decode=False,
             grid_size=self._grid(size),
@@ -474,7 +487,7 @@ class ImageGenerator:
         **sampler: Any,
     ) -> Generation:
         return self._generate(
-            self._condition(labels, prompts, negative_prompt),
+            self._read(labels, prompts, negative_prompt),
             sampler,
             start=start,
             rope_interpolation=rope_interpolation,
@@ -484,13 +497,13 @@ class ImageGenerator:
             return_trace=return_trace,
         )
 
-    def _condition(
+    def _read(
         self,
         labels: Labels | None,
         prompts: Sequence[str] | None,
         negative_prompt: str | Sequence[str] | None,
-    ) -> tuple[Any, Any]:
-        """Return the condition, and what guidance leads away from if it is not "no condition"."""
+    ) -> Shown:
+        """Return what images are to show, as models take it."""
         model = self.model.config
         if not isinstance(model, CaptionModelConfig):
             if labels is None or (prompts, negative_prompt) != (None, None):
@@ -498,7 +511,7 @@ class ImageGenerator:
                     f"a model of family {model.family!r} is conditioned on classes: give labels, "
                     "not prompts"
                 )
-            return labels, None
+            return Shown(condition=labels)
         if labels is not None or prompts is None:
             raise ValueError(
                 f"a model of family {model.family!r} is conditioned on captions: give prompts, a "
@@ -512,7 +525,7 @@ class ImageGenerator:
         )
         caption = read(prompts)
         if negative_prompt is None:
-            return caption, None
+            return Shown(condition=caption, prompts=prompts)
         if isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * len(prompts)
         if len(negative_prompt) != len(prompts):
@@ -520,11 +533,16 @@ class ImageGenerator:
                 f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts; give one for "
                 "all of them, or one for each"
             )
-        return caption, read(negative_prompt)
+        return Shown(
+            condition=caption,
+            null_condition=read(negative_prompt),
+            prompts=prompts,
+            negative_prompts=negative_prompt,
+        )
 
     def _generate(
         self,
-        conditions: tuple[Any, Any],
+        shown: Shown,
         sampler: Mapping[str, Any],
         *,
         start: np.ndarray | None = None,
@@ -538,33 +556,41 @@ class ImageGenerator:
         return_trace: bool = False,
     ) -> Generation:
         model = self.model.config
-        condition, null_condition = conditions
-        gh, gw = grid_size or model.grid_size
         sampler, drafted = self.split_settings(sampler, ar_share)
-        draft = None
         # What is known at the start, the masked model alone can complete.
         if start is not None and (ar_share is not None or drafted):
             raise ValueError("an edit keeps tokens, which a causal model cannot begin before")
-        if self.drafter is not None and start is None:
-            draft = self.drafter.draft(condition, null_condition, gh * gw, ar_share, drafted)
-        if rope_interpolation:
-            model = _interpolate(model)
-            if draft is not None:
-                draft = dataclasses.replace(draft, model=_interpolate(draft.model))
         if start is not None:
             grid_size = start.shape[1:]
+        # Refuses what cannot be, before a token is drawn.
+        config = self.sampler(grid_size, **sampler)
+        if rope_interpolation:
+            model = _interpolate(model)
+        begun = Begun(start=start)
+        if self.drafter is not None and start is None:
+            call = Call(
+                grid_size=grid_size or model.grid_size,
+                seed=seed,
+                first_index=first_index,
+                batch_size=self.batch_size,
+                batch_invariant=self.batch_invariant,
+            )
+            begun = self.drafter.begin(shown, call, drafted, ar_share)
+        draft = begun.draft
+        if rope_interpolation and draft is not None:
+            draft = dataclasses.replace(draft, model=_interpolate(draft.model))
         return generate(
             model,
             self._params,
-            condition,
-            self.sampler(grid_size, **sampler),
+            shown.condition,
+            config,
             draft=draft,
             tokenizer=self._decoder if decode else None,
             seed=seed,
             batch_size=self.batch_size,
             mesh=self.mesh,
-            start=start,
-            null_condition=null_condition,
+            start=begun.start,
+            null_condition=shown.null_condition,
             grid_size=grid_size,
             first_index=first_index,
             callback=callback,

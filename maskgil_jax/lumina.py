@@ -1,15 +1,17 @@
 """Lumina-mGPT: a language model that draws image codes after a prompt.
 
-What it draws the first share of, a masked model with the same tokenizer completes: the codes are
-what `generation.generate` takes as `start`.
+What it draws the first share of, a masked model with the same tokenizer completes: as `ar_model` of
+an `ImageGenerator`, or by hand, since the codes are what `generation.generate` takes as `start`.
 
 Reference: Liu et al., 2024, "Lumina-mGPT", `generate_examples/generate.py`; MaskGIL section 5.1.
 """
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +32,8 @@ KIND = "language-model"
 # What the weights were trained to answer with an image.
 REQUEST = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
 GUIDANCE_SCALE, TOP_K = 4.0, 2000
-# Pixels a code.
-_FACTOR = 16
+# Pixels a code, along each side.
+DOWNSAMPLE_FACTOR = 16
 # Prefixes are padded to a multiple: few lengths, few compilations.
 _PREFIX_BLOCK = 32
 
@@ -46,6 +48,7 @@ class Lumina:
         protocol: how its vocabulary spells images.
         tokenizer: turns prompts into ids, the beginning of a text first.
         mesh: devices.
+        fingerprint: SHA-256 of architecture, parameters and vocabulary.
     """
 
     config: ChameleonConfig
@@ -53,6 +56,7 @@ class Lumina:
     protocol: ImageProtocol = dataclasses.field(repr=False)
     tokenizer: PromptTokenizer = dataclasses.field(repr=False)
     mesh: Mesh
+    fingerprint: str
 
     @classmethod
     def load(
@@ -89,7 +93,9 @@ class Lumina:
             pad_id=protocol.begin_text,
             bos_id=protocol.begin_text,
         )
-        return cls.create(config, stored.params, protocol, tokenizer, mesh)
+        return cls.create(
+            config, stored.params, protocol, tokenizer, hashes=stored.hashes, mesh=mesh
+        )
 
     @classmethod
     def create(
@@ -98,12 +104,22 @@ class Lumina:
         params: Any,
         protocol: ImageProtocol,
         tokenizer: PromptTokenizer,
+        *,
+        hashes: Mapping[str, str],
         mesh: Mesh | None = None,
     ) -> "Lumina":
-        """Put a model on a mesh; the arguments are the attributes.
+        """Put a model on a mesh.
 
         Heads, MLP and vocabulary are split over the mesh's axis `tensor`; all devices are on it if
         there is no mesh.
+
+        Args:
+            config: sizes of the model.
+            params: its parameters, whole.
+            protocol: how its vocabulary spells images.
+            tokenizer: that belongs to it.
+            hashes: SHA-256 of what parameters and vocabulary were read from, by name.
+            mesh: devices.
 
         Raises:
             ValueError: if the vocabulary spells images with ids that the model does not know.
@@ -115,12 +131,14 @@ class Lumina:
             )
         mesh = mesh or sharding.make_mesh({"tensor": -1})
         shardings = sharding.state_shardings(config.abstract_params(), mesh)
+        origin = json.dumps([config.family, config.to_dict(), dict(hashes)], sort_keys=True)
         return cls(
             config=config,
             params=jax.device_put(params, shardings),
             protocol=protocol,
             tokenizer=tokenizer,
             mesh=mesh,
+            fingerprint=hashlib.sha256(origin.encode()).hexdigest(),
         )
 
     @property
@@ -153,7 +171,7 @@ class Lumina:
                 vocabulary has no such size.
         """
         begin = self.protocol.begin(grid_size)
-        height, width = (side * _FACTOR for side in grid_size)
+        height, width = (side * DOWNSAMPLE_FACTOR for side in grid_size)
         texts = check_prompts(prompts)
         ids, lengths, lost = self.tokenizer(
             [REQUEST.format(width=width, height=height, prompt=text) for text in texts]
@@ -182,6 +200,7 @@ class Lumina:
         prompts: Sequence[str],
         grid_size: tuple[int, int],
         *,
+        negative_prompts: Sequence[str] | None = None,
         share: float = 1.0,
         sampler: AutoregressiveConfig | None = None,
         seed: int = 0,
@@ -190,11 +209,14 @@ class Lumina:
     ) -> Int[np.ndarray, "b gh gw"]:
         """Draw the codes of one image a prompt, or the first share of them in raster order.
 
-        Image i draws its randomness from `fold_in(seed, i)`.
+        Image i draws its randomness from `fold_in(seed, i)`, as one of `generation.generate` does;
+        what it folds into that, no masked decoder does.
 
         Args:
             prompts: what the images show.
             grid_size: (gh, gw), codes per column and row; both even.
+            negative_prompts: what guidance leads away from, one for each image; no prompt at all if
+                `None`.
             share: of the codes, 0 to 1; the others are `mask_token_id`.
             sampler: settings of the decoder; those of `sampler()` if `None`.
             seed: seed of all images.
@@ -204,10 +226,16 @@ class Lumina:
 
         Raises:
             ValueError: as `read`; or if the share, the seed or the batch size is out of range,
-                prompt and image are longer than the model's sequences, or the model gave no
-                numbers.
+                there is another number of negative prompts, prompt and image are longer than the
+                model's sequences, or the model gave no numbers.
         """
         sequences = self.read(prompts, grid_size)
+        # What begins the image is left of them, where there is no prompt at all.
+        away = sequences if negative_prompts is None else self.read(negative_prompts, grid_size)
+        if len(away) != len(sequences):
+            raise ValueError(
+                f"{len(away)} negative prompts for {len(sequences)} prompts; give one for each"
+            )
         gh, gw = grid_size
         count = count_drawn(share, gh * gw)
         if batch_size < 1:
@@ -217,7 +245,8 @@ class Lumina:
         if not count:
             return codes.reshape(-1, gh, gw)
         sampler = sampler or self.sampler()
-        length = self._prefix_length(max(map(len, sequences)), count + (count - 1) // gw)
+        longest = max(map(len, [*sequences, *away]))
+        length = self._prefix_length(longest, count + (count - 1) // gw)
         run = _make_draw_fn(
             self.config, self.protocol, sampler.program(), self.mesh, length, count, gw
         )
@@ -226,9 +255,14 @@ class Lumina:
         size = -(-(1 << (min(batch_size, len(sequences)) - 1).bit_length()) // shards) * shards
         for first in range(0, len(sequences), size):
             some = sequences[first : first + size]
-            batch = _pad(some + some[-1:] * (size - len(some)), length)
+            prefix, null = (
+                _pad(_fill_up(rows[first : first + size], size), length)
+                for rows in (sequences, away)
+            )
+            if negative_prompts is None:
+                null = without_prompt(null, HEAD_LENGTH)
             rngs = masked.image_keys(seed, first_index + first + np.arange(size))
-            batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
+            batch = jax.device_put((prefix, null), sharding.batch_sharding(self.mesh))
             drawn = np.asarray(run(self.params, batch, rngs, sampler.plan()))[: len(some)]
             if (lost := (drawn < 0).any(1)).any():
                 raise ValueError(
@@ -243,6 +277,11 @@ class Lumina:
         """Return to how many ids prefixes are padded: no more than there are positions."""
         rounded = -(-needed // _PREFIX_BLOCK) * _PREFIX_BLOCK
         return max(needed, min(rounded, self.config.max_positions - stream))
+
+
+def _fill_up(sequences: list[np.ndarray], size: int) -> list[np.ndarray]:
+    """Return so many sequences, the last one repeated."""
+    return sequences + sequences[-1:] * (size - len(sequences))
 
 
 def _pad(sequences: Sequence[np.ndarray], length: int) -> Prefix:
@@ -263,15 +302,17 @@ def _make_draw_fn(
     count: int,
     columns: int,
 ):
-    """Return the jitted `(params, prefix, rngs, plan) → codes [b count]`, -1 for none."""
+    """Return the jitted `(params, prefixes, rngs, plan) → codes [b count]`, -1 for none.
+
+    There are two prefixes of every image, the second what guidance leads away from.
+    """
     forced = rows.force_rows(count, columns, protocol.codebook_size)
 
-    def run(params, prefix, rngs, plan):
+    def run(params, prefixes, rngs, plan):
         model = config.make_cached(params, protocol.stream_ids, prefix_length)
         stream = autoregressive.decode(
             autoregressive.CausalPredictor(prefix_length, model.start, model.step),
-            prefix,
-            without_prompt(prefix, HEAD_LENGTH),
+            *prefixes,
             rngs,
             program,
             plan,

@@ -158,7 +158,8 @@ def sample(
         records: whether to write token records into the directory `out`, and no pixels.
         size: height and width in pixels; as trained if `None`.
         edit: picture to start from, and what to do with it.
-        ar_checkpoint: directory of a causal model that begins every image.
+        ar_checkpoint: directory of a causal model that begins every image, or, where there are
+            prompts, of a Lumina-mGPT.
         ar_share: share of the tokens that it draws, 0 to 1.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
         tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
@@ -200,9 +201,11 @@ def sample(
     model = loading.load_model(workdir)
     vq = loading.open_tokenizer(model, workdir, tokenizer, tile_size=tile_size)
     encoder = loading.open_text_encoder(model, workdir, text_encoder)
-    ar_model = None if ar_checkpoint is None else load_drafting(ar_checkpoint, vq, encoder)
     # Several processes share the images, not the batches.
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+    ar_model = None
+    if ar_checkpoint is not None:
+        ar_model = load_drafting(ar_checkpoint, vq, encoder, mesh=mesh, whole=batch_invariant)
     generator = ImageGenerator(
         model,
         vq,

@@ -1,15 +1,13 @@
-"""From prompts to codes by a language model of the true layout, and on to a masked model."""
+"""From prompts to codes by a language model of the true layout."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-import tiny
 import tiny_text
 
-from maskgil_jax import generation, sharding
-from maskgil_jax.build import models as build
+from maskgil_jax import sharding
 from maskgil_jax.checkpoints import write_model_dir
 from maskgil_jax.data.buckets import area_buckets
 from maskgil_jax.decoding import autoregressive, masked, rows
@@ -24,24 +22,7 @@ GRID = (4, 6)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    config = tiny_text.chameleon_config()
-    folder = tmp_path_factory.mktemp("lumina")
-    file = tiny_text.make_image_tokenizer(
-        folder / "tokenizer.json", tiny_text.image_vocabulary(32, units=32)
-    )
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: x + rng.standard_normal(x.shape).astype(x.dtype), tiny_text.make_params(config)
-    )
-    write_model_dir(
-        folder / "model",
-        kind="language-model",
-        family="chameleon",
-        config=config.to_dict(),
-        params=params,
-        files=[file],
-    )
-    return folder / "model"
+    return tiny_text.make_lumina_dir(tmp_path_factory.mktemp("lumina") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +80,29 @@ def test_guidance_leads_away_from_no_prompt(lumina):
     assert (draw(PROMPTS, 4.0) != draw(PROMPTS, 1.0)).any()
 
 
+def test_guidance_leads_away_from_a_negative_prompt(lumina):
+    plain = lumina.draw(PROMPTS, GRID)
+    away = lumina.draw(PROMPTS, GRID, negative_prompts=["a cat"] * 3)
+    assert (away != plain).any((1, 2)).all()
+    other = lumina.draw(PROMPTS, GRID, negative_prompts=["a cat", "a dog", "a cat"])
+    np.testing.assert_array_equal(other[[0, 2]], away[[0, 2]])
+    assert (other[1] != away[1]).any()
+    # Away from itself there is no direction: the model's own prediction is left.
+    greedy = lumina.sampler(temperature=0.0)
+    itself = lumina.draw(PROMPTS, GRID, negative_prompts=PROMPTS, sampler=greedy)
+    unguided = lumina.sampler(temperature=0.0, guidance_scale=1.0)
+    np.testing.assert_array_equal(itself, lumina.draw(PROMPTS, GRID, sampler=unguided))
+    with pytest.raises(ValueError, match="2 negative prompts for 3 prompts"):
+        lumina.draw(PROMPTS, GRID, negative_prompts=["a cat"] * 2)
+
+
+def test_a_fingerprint_is_of_all_that_was_read(lumina, directory, tmp_path):
+    again = Lumina.load(directory)
+    assert again.fingerprint == lumina.fingerprint
+    other = Lumina.load(tiny_text.make_lumina_dir(tmp_path / "other", rope_base=5000.0))
+    assert other.fingerprint != lumina.fingerprint
+
+
 def test_settings_are_the_published_ones(lumina):
     assert lumina.sampler().guidance_scale == 4
     assert lumina.sampler().top_k == 32, "no more than there are codes"
@@ -109,7 +113,9 @@ def test_settings_are_the_published_ones(lumina):
 @pytest.mark.parametrize("shape", [{"tensor": 2}, {"data": 2}])
 def test_a_mesh_draws_the_same(shape, lumina):
     mesh = sharding.make_mesh(shape, jax.devices()[:2])
-    spread = Lumina.create(lumina.config, lumina.params, lumina.protocol, lumina.tokenizer, mesh)
+    spread = Lumina.create(
+        lumina.config, lumina.params, lumina.protocol, lumina.tokenizer, hashes={}, mesh=mesh
+    )
     head = spread.params["head"]["kernel"]
     assert head.sharding.is_fully_replicated == ("data" in shape)
     expected = lumina.draw(PROMPTS, GRID, seed=3, share=0.5)
@@ -200,22 +206,6 @@ def test_another_model_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="holds a evaluator of family 'lpips'; needed: a language"):
         Lumina.load(tmp_path / "d")
-
-
-def test_a_masked_model_with_the_same_codes_completes_a_share(lumina, tmp_path):
-    generator = tiny.make_generator(tiny.make_tokenizer_dir(tmp_path / "vq"), "maskgil-text")
-    model = generator.model
-    assert model.config.mask_token_id == lumina.mask_token_id
-    begun = lumina.draw(PROMPTS, (4, 4), share=0.25)
-    codes = generation.generate_tokens(
-        model.config,
-        model.params,
-        build.read_prompts(model.config, PROMPTS),
-        generator.sampler(None, num_steps=3),
-        start=begun,
-    )
-    np.testing.assert_array_equal(codes[:, 0], begun[:, 0])
-    assert codes.max() < lumina.mask_token_id
 
 
 def test_a_vocabulary_may_know_more_than_the_model_but_for_images(tmp_path):

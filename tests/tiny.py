@@ -63,8 +63,8 @@ def set_family(config, family: str) -> None:
         config.sampler.num_steps = schema.default().sampler.num_steps
 
 
-def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
-    """Write a LlamaGen-VQ with random weights: 32 codes, 4× down-sampling."""
+def make_tokenizer_dir(path: pathlib.Path, levels: int = 3) -> pathlib.Path:
+    """Write a LlamaGen-VQ with random weights: 32 codes, 4× down-sampling, 2× more a level."""
     import jax
 
     from maskgil_jax import checkpoints
@@ -73,7 +73,7 @@ def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
     config = LlamaGenVQConfig(
         codebook_size=32,
         channels=32,
-        channel_multipliers=(1, 1, 1),
+        channel_multipliers=(1,) * levels,
         num_res_blocks=1,
         latent_channels=32,
     )
@@ -100,19 +100,21 @@ def make_tokenizer_dir(path: pathlib.Path) -> pathlib.Path:
 def make_generator(
     tokenizer: pathlib.Path, family: str = "maskgil", fields=None, *, devices: int = 1, **options
 ):
-    """Return a generator of 16×16 pictures whose model has random weights, the head's too."""
+    """Return a generator of 4×4 tokens whose model has random weights, the head's too."""
     import jax
     from flax import linen as nn
 
     from maskgil_jax import generator, loading, sharding
     from maskgil_jax.build import models as build
 
-    config = get_config()
+    config, vq = get_config(), loading.load_tokenizer(tokenizer)
+    side = 4 * vq.spec.downsample_factor
+    config.data.image_size = (side, side)
     if family in ("maskgil-text", "llamagen-text"):
         config = get_config("captions")
         config.model.grid_size = (4, 4)
-        config.data.update(image_size=(16, 16), buckets="listed")
-        config.data.bucket_sizes = ((16, 16), (16, 24))
+        config.data.update(image_size=(side, side), buckets="listed")
+        config.data.bucket_sizes = ((side, side), (side, 3 * side // 2))
     set_family(config, family)
     config.model.update(fields or {})
     model = build.model_config(config)
@@ -126,7 +128,7 @@ def make_generator(
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     return generator.ImageGenerator(
         loading.Model(config=model, params=params, run=config),
-        loading.load_tokenizer(tokenizer),
+        vq,
         mesh=sharding.make_mesh({"data": -1}, jax.devices()[:devices]),
         **{"batch_size": 4} | options,
     )

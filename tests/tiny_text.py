@@ -125,6 +125,30 @@ def make_image_tokenizer(path: pathlib.Path, names: dict[str, int]) -> pathlib.P
     return path
 
 
+def make_lumina_dir(path: pathlib.Path, **fields) -> pathlib.Path:
+    """Write a model directory of a Lumina-mGPT that draws 32 codes, with random weights."""
+    import jax
+
+    from maskgil_jax.checkpoints import write_model_dir
+
+    config, rng = chameleon_config(**fields), np.random.default_rng(1)
+    file = make_image_tokenizer(
+        path.parent / f"{path.name}_names" / "tokenizer.json", image_vocabulary(32, units=32)
+    )
+    params = jax.tree.map(
+        lambda x: x + rng.standard_normal(x.shape).astype(x.dtype), make_params(config)
+    )
+    write_model_dir(
+        path,
+        kind="language-model",
+        family=config.family,
+        config=config.to_dict(),
+        params=params,
+        files=[file],
+    )
+    return path
+
+
 def write_chameleon(folder: pathlib.Path, config: ChameleonConfig, shards: int = 1) -> pathlib.Path:
     """Write what a repository of Lumina-mGPT holds; return the file to import."""
     folder.mkdir(parents=True)

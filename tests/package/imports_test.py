@@ -25,7 +25,7 @@ ROOMS = {
     "photo_edit": {"generator", "data"},
     "asked": {"loading", "models", "text"},
     "drafts": {"loading", "generation", "programs", "build.models", "models", "tokenizers"}
-    | {"text", "decoding", "masking"},
+    | {"text", "decoding", "masking", "lumina", "sharding", "checkpoints", "hub"},
     "lumina": {"models", "text", "decoding", "sharding", "checkpoints", "hub"},
     "training": {"masking"},
     "decoding": {"masking"},
@@ -48,7 +48,7 @@ ROOMS = {
 EVERYTHING = set(ROOMS)
 ROOMS |= {name: EVERYTHING for name in COMMANDS}
 # The names that the package gives away lazily, spelled out for type checkers.
-ROOMS["__init__"] = {"generation", "generator", "loading", "decoding", "models"}
+ROOMS["__init__"] = {"generation", "generator", "loading", "lumina", "decoding", "models"}
 
 # Packages from outside that a room must do without.
 FORBIDDEN = {
