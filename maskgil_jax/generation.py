@@ -448,7 +448,7 @@ def _share_out(
     if isinstance(sampler, SamplerConfig):
         unknown = seq_len - (0 if draft is None else draft.count)
         if start is not None and np.size(start):
-            unknown = np.count_nonzero(np.asarray(start) == model.mask_token_id)
+            unknown = int(np.count_nonzero(np.asarray(start) == model.mask_token_id))
         return draft, sampler if unknown else None
     if start is not None or draft is not None:
         raise ValueError("a causal model draws all tokens; give it no start and no draft")

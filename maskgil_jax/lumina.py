@@ -309,10 +309,12 @@ def _make_draw_fn(
     forced = rows.force_rows(count, columns, protocol.codebook_size)
 
     def run(params, prefixes, rngs, plan):
+        prefix, null = prefixes
         model = config.make_cached(params, protocol.stream_ids, prefix_length)
         stream = autoregressive.decode(
             autoregressive.CausalPredictor(prefix_length, model.start, model.step),
-            *prefixes,
+            prefix,
+            null,
             rngs,
             program,
             plan,
