@@ -33,6 +33,7 @@ from load_exported import FORMAT, HEADER, NPY, PROGRAM, VERSION, WEIGHTS
 import maskgil_jax
 from maskgil_jax import ImageGenerator, cli, masking, programs
 from maskgil_jax.decoding import masked
+from maskgil_jax.decoding.autoregressive import AutoregressiveConfig
 from maskgil_jax.models.base import count_classes
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -56,7 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", help="HxW in pixels, such as 32x48 (default: the trained size)")
     add("--platforms", default="cpu,cuda,tpu", help=f"where it is to run: {','.join(PLATFORMS)}")
     sampler = parser.add_argument_group("sampler", "See python -m maskgil_jax.sample --help.")
-    for field in dataclasses.fields(masked.SamplerConfig):
+    for field in {
+        field.name: field
+        for kind in (AutoregressiveConfig, masked.SamplerConfig)
+        for field in dataclasses.fields(kind)
+    }.values():
         if field.type is bool:
             for flag, value in ((field.name, True), (f"no{field.name}", False)):
                 sampler.add_argument(
@@ -182,17 +187,21 @@ def export_model(
         batch_size: images at a time, at most; the loader may be told otherwise.
         size: (H, W) in pixels, multiples of the tokenizer's factor; the trained one if `None`.
         platforms: where it is to run, of `PLATFORMS`.
-        **sampler: fields of `SamplerConfig` that differ from the run's; `None` means no change.
+        **sampler: fields of `SamplerConfig`, of a causal model of `AutoregressiveConfig`, that
+            differ from the run's; `None` means no change.
 
     Raises:
-        ValueError: if a setting is not allowed, or tokenizer and model do not fit.
+        ValueError: if a setting is not allowed, tokenizer and model do not fit, or the model is
+            conditioned on captions.
         FileNotFoundError: if there is no model, or no checkpoint of it yet.
         ImportError: if flatbuffers is missing, or the client of the hub that is asked.
     """
     made = ImageGenerator.from_checkpoint(workdir, tokenizer=tokenizer, batch_size=batch_size)
     model, spec = made.model.config, made.tokenizer.spec
+    num_classes = count_classes(model)
     grid_size = model.grid_size if size is None else spec.grid_size(*size)
-    config = made.sampler(grid_size, **sampler)
+    changes = {name: value for name, value in sampler.items() if value is not None}
+    config = made.sampler(grid_size, **changes)
     trees = {"model": made.model.params, "tokenizer": dict(made.tokenizer.params)}
     weights = traverse_util.flatten_dict(trees, sep="/")
     run = programs.make_image_fn(model, made.tokenizer.config, config, grid_size)
@@ -206,7 +215,7 @@ def export_model(
         "image_size": [side * spec.downsample_factor for side in grid_size],
         "image_channels": spec.image_channels,
         "grid_size": list(grid_size),
-        "num_classes": count_classes(model),
+        "num_classes": num_classes,
         "batch_size": batch_size,
         "sampler": dataclasses.asdict(config),
         "model": {"family": model.family, **model.to_dict()},
@@ -229,9 +238,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     height, width = header["image_size"]
+    steps = header["sampler"].get("num_steps")
     print(
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {height}×{width} pixels, "
-        f"{header['num_classes']} classes, {header['sampler']['num_steps']} steps, for "
+        f"{header['num_classes']} classes, "
+        f"{'token by token' if steps is None else f'{steps} steps'}, for "
         f"{', '.join(header['platforms'])}; {time.monotonic() - began:.1f} s"
     )
     return 0

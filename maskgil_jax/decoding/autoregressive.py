@@ -223,8 +223,8 @@ def decode(
     first = spans[0].live - predictor.prefix_length if spans else count
     logits, cache = predictor.start(both, first)
     token = draw(0, guide(logits, guided > 0))
-    tokens = jnp.zeros((len(token), count), jnp.int32).at[:, 0].set(token)
-    is_doubled, b = guided > 0, len(token)
+    is_doubled, b = guided > 0, token.shape[0]
+    tokens = jnp.zeros((b, count), jnp.int32).at[:, 0].set(token)
     for span in spans:
         if is_doubled and not span.guided:
             cache = jax.tree.map(lambda x: x[:b], cache)

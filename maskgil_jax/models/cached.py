@@ -69,8 +69,11 @@ class CachedTransformer:
 
         return cls(config, tuple(map(take, range(config.num_layers))), params["final_norm"])
 
-    def empty(self, batch: int, length: int) -> tuple[LayerCache, ...]:
-        """Return the cache of `length` positions of which none is computed yet."""
+    def empty(self, batch: Any, length: int) -> tuple[LayerCache, ...]:
+        """Return the cache of `length` positions of which none is computed yet.
+
+        The batch is a number, or the symbol of one in a program that is exported for any number.
+        """
         cfg = self.config
         zeros = jnp.zeros((batch, cfg.kv_heads, length, cfg.head_dim), jnp.dtype(cfg.dtype))
         return tuple(LayerCache(zeros, zeros) for _ in self.layers)

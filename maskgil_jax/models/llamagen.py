@@ -179,7 +179,7 @@ class CachedLlamaGen:
         """
         x, lengths = self.module.apply(self.variables, condition, method="embed_condition")
         prefix = self.prefix_length
-        caches = self.transformer.empty(len(x), prefix + length)
+        caches = self.transformer.empty(x.shape[0], prefix + length)
         mask = look_back(0, prefix, prefix, prefix, lengths)
         x, caches = self.transformer.extend(x, self.rope[:prefix], mask, caches, 0)
         return self._logits(x[:, -1:]), Cache(caches, lengths)

@@ -297,3 +297,37 @@ def test_bad_exports_are_refused_and_nothing_is_written(inputs, tmp_path, capsys
     errors = capsys.readouterr().err
     assert re.fullmatch(rf"error: .*{message}.*\n", errors), errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_causal_model_is_exported_and_one_of_captions_refused(inputs, load, tmp_path, capsys):
+    for family in ("llamagen", "maskgil-text"):
+        model = tiny.make_generator(inputs / "tokenizer", family).model
+        checkpoints.write_model_dir(
+            tmp_path / family,
+            kind="model",
+            family=family,
+            config=model.config.to_dict(),
+            params=jax.tree.map(np.asarray, model.params),
+        )
+    path = tmp_path / "model.mgx"
+    # As nobody gives them, the settings of the masked decoder are none of its.
+    arguments = [f"--tokenizer={inputs / 'tokenizer'}", f"--out={path}", "--batch_size=4"]
+    import export_model
+
+    run = [f"--workdir={tmp_path / 'llamagen'}", "--platforms=cpu", *arguments]
+    assert export_model.main([*run, "--guided_tokens=5"]) == 0
+    assert "2 classes, token by token, for cpu" in capsys.readouterr().out
+    one = ImageGenerator.from_checkpoint(
+        tmp_path / "llamagen",
+        tokenizer=inputs / "tokenizer",
+        batch_size=4,
+        mesh=sharding.make_mesh({"data": 1}, jax.devices()[:1]),
+    )
+    expected = one([1, 0, 1], seed=3, guided_tokens=5)
+    np.testing.assert_array_equal(load(path)([1, 0, 1], seed=3), expected)
+    assert export_model.main([*run, "--num_steps=4"]) == 1
+    assert "num_steps" in capsys.readouterr().err
+    run[0] = f"--workdir={tmp_path / 'maskgil-text'}"
+    assert export_model.main([*run, f"--out={tmp_path / 'none.mgx'}"]) == 1
+    assert "has no classes: it is conditioned on captions" in capsys.readouterr().err
+    assert not (tmp_path / "none.mgx").exists()
