@@ -46,7 +46,10 @@ from maskgil_jax.convert.files import (
 from maskgil_jax.convert.rules import ConversionError
 from maskgil_jax.hub import HubFile
 
-_OPTIONS = ("num_heads", "num_classes", "grid_size", "cond_rope", "qk_norm", "post_norm", "widen")
+_OPTIONS = (
+    *("num_heads", "num_classes", "grid_size", "cond_rope", "qk_norm", "post_norm", "text_length"),
+    "widen",
+)
 _STOPPED = 128 + signal.SIGTERM
 
 
@@ -94,6 +97,7 @@ def _add_file_options(add: Any) -> None:
     add("--num_heads", type=int, help="attention heads, where the size is no published one")
     add("--num_classes", type=int, help="classes, where codes and classes share one table")
     add("--grid_size", type=parse_grid, help="rows x columns of tokens, where not 16x16 or square")
+    add("--text_length", type=int, help="tokens of a caption, where more than of the null caption")
     add("--cond_rope", choices=("zero", "identity"), help="rotary row of the class token")
     add("--qk_norm", choices=("layer", "rms"), help="kind of the query and key norms in the file")
     add("--post_norm", choices=("layer", "rms"), help="kind of the post-norms in the file")

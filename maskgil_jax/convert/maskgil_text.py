@@ -64,11 +64,12 @@ def infer_config(
     cond_rope: str = "zero",
     qk_norm: str | None = None,
     post_norm: str | None = None,
+    text_length: int | None = None,
 ) -> MaskGILTextConfig:
     """Infer the config of a text-conditional MaskGIL from the shapes of its state dict.
 
-    The arguments are those of `maskgil.infer_config`. The null caption is as long as captions may
-    be, as in LlamaGen.
+    The arguments are those of `maskgil.infer_config`, and how long captions may be: the shapes tell
+    the length of the null caption only, which in LlamaGen is the same, and so it is if `None`.
 
     Raises:
         ConversionError: tensors that carry the sizes are missing, or the sizes make no model.
@@ -76,11 +77,14 @@ def infer_config(
     rows, fields = read_captioned(
         NAME, state, num_heads=num_heads, qk_norm=qk_norm, post_norm=post_norm
     )
+    null_length = fields["text_length"]
+    if text_length is not None:
+        fields["text_length"] = text_length
     return build_config(
         NAME,
         MaskGILTextConfig,
         codebook_size=rows - 1,
-        null_length=fields["text_length"],
+        null_length=null_length,
         **fields,
         grid_size=grid_size,
         cond_rope=cond_rope,
@@ -96,4 +100,5 @@ FAMILY = dataclasses.replace(
     infer_config=infer_config,
     config_type=MaskGILTextConfig,
     layout=LAYOUT,
+    options=(*maskgil.FAMILY.options, "text_length"),
 )

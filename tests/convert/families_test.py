@@ -21,6 +21,7 @@ from maskgil_jax.models.bert import BidirectionalTransformerConfig
 from maskgil_jax.models.llamagen import LlamaGenConfig
 from maskgil_jax.models.llamagen_text import LlamaGenTextConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
+from maskgil_jax.models.maskgil_text import MaskGILTextConfig
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
 from maskgil_jax.tokenizers.llamagen_vq import LlamaGenVQConfig
 from maskgil_jax.tokenizers.maskgit_vq import MaskGITVQConfig
@@ -135,6 +136,8 @@ PAIRS = [
     ("llamagen", LlamaGenConfig(**MASKGIL, cond_rope="zero")),
     ("llamagen", LlamaGenConfig(**MASKGIL, qk_norm="layer", post_norm="rms")),
     ("llamagen-text", LlamaGenTextConfig(**CAPTIONED)),
+    ("maskgil-text", MaskGILTextConfig(**CAPTIONED, null_length=7)),
+    ("maskgil-text", MaskGILTextConfig(**CAPTIONED, null_length=1)),
     ("bidirectional-transformer", BidirectionalTransformerConfig(**MASKGIL)),
     ("gemma", tiny_text.gemma_config(1)),
     ("gemma2", tiny_text.gemma_config(2)),
@@ -147,7 +150,7 @@ PAIRS = [
 def test_import_of_an_export_is_the_model_bit_for_bit(family, config):
     params = random_params(family, config)
     state = export_state_dict(family, config, jax.tree.map(jax.numpy.asarray, params))
-    every = {"num_heads": 2, "grid_size": (2, 3), "num_classes": 5}
+    every = {"num_heads": 2, "grid_size": (2, 3), "num_classes": 5, "text_length": 7}
     options = {name: every[name] for name in every if name in find_family(family).options}
     if "cond_rope" in find_family(family).options:
         options["cond_rope"] = config.cond_rope
