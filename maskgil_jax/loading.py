@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,6 +34,9 @@ from maskgil_jax.text.tokenization import TOKENIZER_FILE, PromptTokenizer
 from maskgil_jax.text.transformers_encoder import TransformersEncoder
 from maskgil_jax.tokenizers.base import Tokenizer, update_digest
 from maskgil_jax.tokenizers.tiling import Tiling
+
+# What decides, beside the encoder itself, which features a model reads.
+TEXT_SETTINGS = ("hidden_layer", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,12 +205,28 @@ def load_model(path: os.PathLike | str) -> Model:
         model = build.find_model(stored.family).from_dict(stored.config)
         run = config.preset(model.preset)
         run.model.update(model.to_dict() | {"family": model.family, "grid_size": model.grid_size})
+        _take_over_text(path, run, stored.source)
         params = jax.tree.map(jnp.asarray, stored.params)
         return Model(config=model, params=params, run=run)
     run = workdir.read_run_config(directory)
     _check_kind(path, run.kind, "maskgil")
     model = build.model_config(run)
     return Model(config=model, params=_restore_params(directory, build.init_model(model)), run=run)
+
+
+def _take_over_text(path: os.PathLike | str, run: ConfigDict, source: Mapping[str, Any]) -> None:
+    """Let a run read the features that the one did whose weights were exported.
+
+    Raises:
+        ValueError: if what is said of them is damaged.
+    """
+    text = source.get("text", {})
+    try:
+        run.text.update({name: text[name] for name in TEXT_SETTINGS if name in text})
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} says of the features that its model reads: {text!r}; export it again"
+        ) from error
 
 
 def open_text_encoder(

@@ -9,6 +9,7 @@ parameters, the average is taken.
 
 import argparse
 import sys
+from typing import Any
 
 from maskgil_jax import checkpoints, loading, workdir
 
@@ -21,7 +22,11 @@ def export_weights(run_dir: str, dst: str) -> None:
         FileExistsError: if `dst` holds something.
     """
     run = workdir.read_run_config(run_dir)
-    source = {"kind": run.kind, "seed": run.seed, "num_steps": run.training.num_steps}
+    source: dict[str, Any] = {
+        "kind": run.kind,
+        "seed": run.seed,
+        "num_steps": run.training.num_steps,
+    }
     if run.kind == "tokenizer":
         tokenizer = loading.load_tokenizer(run_dir)
         family, params = tokenizer.spec.family, tokenizer.params
@@ -31,6 +36,9 @@ def export_weights(run_dir: str, dst: str) -> None:
         model = loading.load_model(run_dir)
         family, config, params = model.config.family, model.config.to_dict(), model.params
         kind = "model"
+        if run.text.encoder:
+            # Where it lies is of no use elsewhere; which of its features are read, is.
+            source["text"] = {name: run.text[name] for name in loading.TEXT_SETTINGS}
     checkpoints.write_model_dir(
         dst, kind=kind, family=family, config=config, params=params, source=source
     )

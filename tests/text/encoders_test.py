@@ -14,6 +14,7 @@ from maskgil_jax import checkpoints
 from maskgil_jax.loading import load_model, load_text_encoder
 from maskgil_jax.text.base import TextEncoder, Tokenized
 from maskgil_jax.text.gemma import take_layers
+from tools.export_weights import export_weights
 
 PROMPTS = ["a red seven left of a green bicycle", "a café", ""]
 
@@ -297,3 +298,21 @@ def test_loading_warns_of_nothing(gemma):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_text_encoder(gemma, max_length=40).tokenize(PROMPTS)
+
+
+def test_an_exported_model_reads_the_layer_that_it_was_trained_with(tmp_path, monkeypatch):
+    vq = tiny.make_tokenizer_dir(tmp_path / "vq")
+    model = tiny.make_generator(vq, "maskgil-text", {"text": "features"}).model
+    model.run.text.update(encoder="gemma", hidden_layer=-2, dtype="bfloat16")
+    exported = tmp_path / "model"
+    with monkeypatch.context() as patch:
+        patch.setattr("maskgil_jax.workdir.read_run_config", lambda path: model.run)
+        patch.setattr("maskgil_jax.loading.load_model", lambda path: model)
+        export_weights("run", exported)
+    text = load_model(exported).run.text
+    assert (text.encoder, text.hidden_layer, text.dtype) == ("", -2, "bfloat16")
+    header = json.loads((exported / "config.json").read_text())
+    header["source"]["text"]["hidden_layer"] = "last"
+    (exported / "config.json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match="'hidden_layer': 'last'.*export it again"):
+        load_model(exported)
