@@ -129,7 +129,9 @@ def _measure_captioned(
     for place, size in enumerate(sizes):
         some = asked[place :: len(sizes)]
         captions = build_models.read_prompts(model, [prompt for prompt, _ in some], encoder)
-        images += list(_generate(config, mesh, tokenizer, state, captions, size))
+        images += list(
+            _generate(config, mesh, tokenizer, state, captions, size, first_index=len(images))
+        )
         expectations += [expectation for _, expectation in some]
     train = known_digits(tokenizer)
     measured = canvas_geneval_report(images, expectations, palette=COLOURS, train=train)
@@ -239,6 +241,7 @@ def _generate(
     state: Any,
     condition: Any,
     size: Size | None = None,
+    first_index: int = 0,
 ) -> np.ndarray:
     tokens = generation.generate_tokens(
         build_models.model_config(config),
@@ -247,6 +250,7 @@ def _generate(
         build_models.sampler_config(config),
         grid_size=None if size is None else tokenizer.spec.grid_size(*size),
         seed=config.seed,
+        first_index=first_index,
         batch_size=config.report.batch_size,
         mesh=mesh,
     )
