@@ -47,6 +47,10 @@ from maskgil_jax.pictures import grey_out, to_float
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 
+# Share of the tokens that a causal model draws, where nobody says.
+AR_SHARE = 0.25
+_NO_CAUSAL = "there is no causal model to begin with; name one, --ar_checkpoint or `ar_checkpoint=`"
+
 
 class ImageGenerator:
     """A model and its tokenizer, ready to generate and to edit.
@@ -76,7 +80,7 @@ class ImageGenerator:
         tokenizer: Tokenizer,
         *,
         ar_model: CausalModel | None = None,
-        ar_share: float = 0.25,
+        ar_share: float | None = None,
         text_encoder: TextEncoder | None = None,
         batch_size: int = 64,
         mesh: Mesh | None = None,
@@ -89,7 +93,8 @@ class ImageGenerator:
             tokenizer: the tokenizer.
             ar_model: a causal model that begins every image, from the same classes or captions; or
                 a `Lumina`, from the prompts, which computes on its own mesh; none if `None`.
-            ar_share: share of the tokens that it draws, 0 to 1, where a call does not say.
+            ar_share: share of the tokens that it draws, 0 to 1, where a call does not say; a
+                quarter if `None`.
             text_encoder: what turns prompts into features, of a model that was trained with them.
             batch_size: images at a time, rounded up to a power of two.
             mesh: devices to use; all of them if `None`.
@@ -99,8 +104,9 @@ class ImageGenerator:
 
         Raises:
             ValueError: if the tokenizer has another number of codes, the causal model or the text
-                encoder does not go with the model, `batch_size` is below 1, or parameters are
-                split over devices where `batch_invariant` needs them whole.
+                encoder does not go with the model, there is a share but no causal model,
+                `batch_size` is below 1, or parameters are split over devices where
+                `batch_invariant` needs them whole.
         """
         if model.config.codebook_size != tokenizer.spec.codebook_size:
             raise ValueError(
@@ -116,7 +122,10 @@ class ImageGenerator:
         self._params = place(model.params, self.mesh)
         self.drafter: Drafter | None = None
         if ar_model is not None:
-            self.drafter = make_drafter(ar_model, ar_share, model.config, tokenizer.spec, self.mesh)
+            share = AR_SHARE if ar_share is None else ar_share
+            self.drafter = make_drafter(ar_model, share, model.config, tokenizer.spec, self.mesh)
+        elif ar_share is not None:
+            raise ValueError(f"ar_share {ar_share}: {_NO_CAUSAL}")
         self._decoder = dataclasses.replace(
             tokenizer, params=place(dict(tokenizer.params), self.mesh)
         )
@@ -132,7 +141,7 @@ class ImageGenerator:
         path: os.PathLike | str,
         *,
         ar_checkpoint: os.PathLike | str | None = None,
-        ar_share: float = 0.25,
+        ar_share: float | None = None,
         tokenizer: os.PathLike | str | None = None,
         tokenizer_dtype: str | None = None,
         text_encoder: os.PathLike | str | None = None,
@@ -149,7 +158,8 @@ class ImageGenerator:
             ar_checkpoint: run or model directory of a causal model that begins every image, or
                 model directory of a Lumina-mGPT, which is split over the devices (with
                 `batch_invariant`, whole on the first); none if `None`.
-            ar_share: share of the tokens that it draws, 0 to 1, where a call does not say.
+            ar_share: share of the tokens that it draws, 0 to 1, where a call does not say; a
+                quarter if `None`.
             tokenizer: path or address of the tokenizer, or `asset:NAME`; by default the run's. A
                 model directory names none.
             tokenizer_dtype: type in which the tokenizer computes; as stored if `None`.
@@ -455,12 +465,22 @@ class ImageGenerator:
         if ar_share is not None:
             given.append("ar_share")
         if given and self.drafter is None:
-            raise ValueError(
-                f"{', '.join(given)}: there is no causal model to begin with; name one, "
-                "--ar_checkpoint or `ar_checkpoint=`"
-            )
+            raise ValueError(f"{', '.join(given)}: {_NO_CAUSAL}")
         own = {name: value for name, value in settings.items() if name not in drafted}
         return own, {name.removeprefix(PREFIX): value for name, value in drafted.items()}
+
+    def check_prompts(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+        """Refuse prompts that a call would refuse; for a long list, before it is begun.
+
+        Raises:
+            ValueError: if one is empty, no text or longer than the model reads, or the model takes
+                no prompts.
+        """
+        model = self.model.config
+        if not isinstance(model, CaptionModelConfig):
+            raise ValueError(_describe_classes(model))
+        for texts in (prompts, *([] if negative_prompt is None else [[negative_prompt]])):
+            build.tokenize_prompts(model, texts, self.text_encoder)
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:
@@ -507,10 +527,7 @@ class ImageGenerator:
         model = self.model.config
         if not isinstance(model, CaptionModelConfig):
             if labels is None or (prompts, negative_prompt) != (None, None):
-                raise ValueError(
-                    f"a model of family {model.family!r} is conditioned on classes: give labels, "
-                    "not prompts"
-                )
+                raise ValueError(_describe_classes(model))
             return Shown(condition=labels)
         if labels is not None or prompts is None:
             raise ValueError(
@@ -597,6 +614,10 @@ class ImageGenerator:
             return_trace=return_trace,
             batch_invariant=self.batch_invariant,
         )
+
+
+def _describe_classes(model: TokenModelConfig) -> str:
+    return f"a model of family {model.family!r} is conditioned on classes: give labels, not prompts"
 
 
 def _interpolate(model: TokenModelConfig) -> Any:

@@ -82,7 +82,9 @@ _CACHE = flags.DEFINE_string(
 _AR_CHECKPOINT = flags.DEFINE_string(
     "ar_checkpoint", None, "Run or model directory of a causal model that begins every image."
 )
-_AR_SHARE = flags.DEFINE_float("ar_share", 0.25, "Share of the tokens that it draws, 0 to 1.")
+_AR_SHARE = flags.DEFINE_float(
+    "ar_share", None, "Share of the tokens that it draws, 0 to 1. Default: 0.25."
+)
 
 _EDIT = flags.DEFINE_string("edit", None, "Picture to edit; needs --labels or --prompt.")
 _MASK = flags.DEFINE_string("mask", None, "Picture of its size, white where to generate.")
@@ -135,7 +137,7 @@ def sample(
     size: tuple[int, int] | None = None,
     edit: Edit | None = None,
     ar_checkpoint: str | None = None,
-    ar_share: float = 0.25,
+    ar_share: float | None = None,
     tokenizer: str | None = None,
     tile_size: int | None = None,
     seed: int = 0,
@@ -160,7 +162,7 @@ def sample(
         edit: picture to start from, and what to do with it.
         ar_checkpoint: directory of a causal model that begins every image, or, where there are
             prompts, of a Lumina-mGPT.
-        ar_share: share of the tokens that it draws, 0 to 1.
+        ar_share: share of the tokens that it draws, 0 to 1; a quarter if `None`.
         tokenizer: tokenizer to use instead of the run's; a model directory names none.
         tile_size: side in pixels of the tiles in which the tokenizer encodes and decodes larger
             images; every image is taken whole if `None`.
@@ -229,6 +231,9 @@ def sample(
         num_per_prompt=num_per_prompt,
         records=records,
     )
+    if asked.prompts:
+        # All of them, before the first image is made.
+        generator.check_prompts(asked.prompts, asked.negative_prompt)
     image_labels = asked.image_labels
     began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
     chunk_size = padded_size(min(batch_size, len(image_labels)), shards)
@@ -251,6 +256,7 @@ def sample(
             "model": model.fingerprint,
             "tokenizer": vq.fingerprint,
             "tokenizer_dtype": vq.config.to_dict()["dtype"],
+            "text_encoder": None if encoder is None else encoder.fingerprint,
             "tile_size": tile_size,
             **asked.settings,
             "records": records,
@@ -280,7 +286,8 @@ def sample(
         kept = bulk.write(job, lambda first, labels: make(labels, first_index=first))
         if prompts is not None and jax.process_index() == 0:
             beside = path / _PROMPTS_NAME if path.is_dir() else f"{path}.{_PROMPTS_NAME}"
-            checkpoints.write_text_atomically(beside, "".join(f"{p}\n" for p in asked.prompts))
+            lines = (" ".join(prompt.splitlines()) for prompt in asked.prompts)
+            checkpoints.write_text_atomically(beside, "".join(f"{line}\n" for line in lines))
     seconds, made = time.monotonic() - began, len(image_labels) - kept
     cli.say(
         f"{out}: {len(image_labels)} {'records' if records else 'images'} of "

@@ -188,3 +188,8 @@ def test_what_has_no_meaning_is_refused(directory, causal, fused):
         fused.vary(np.zeros((1, 16, 16, 3), np.uint8), [0], ar_share=0.5)
     with pytest.raises(ValueError, match="there is no causal model to begin with"):
         tiny.make_generator(directory)([0], ar_share=0.5)
+
+
+def test_a_share_without_a_causal_model_is_refused(directory):
+    with pytest.raises(ValueError, match="ar_share 0.5: there is no causal model"):
+        tiny.make_generator(directory, ar_share=0.5)

@@ -207,3 +207,44 @@ def test_prompts_go_through_the_encoder_in_batches_or_alone(tokenizer, alone, co
     assert (tokens != generator.tokens(prompts=PROMPTS[::-1])).any()
     with pytest.raises(ValueError, match="prompt 1 .* is longer than the 64 tokens"):
         generator.tokens(prompts=["a", "x" * 65])
+
+
+def test_all_prompts_are_checked_before_an_image_is_made(stored, generator, monkeypatch):
+    monkeypatch.setattr("maskgil_jax.sample.ImageGenerator.__call__", None)
+    prompts = [*PROMPTS, "x" * 10_000]
+    with pytest.raises(ValueError, match="prompt 3 .* of 10,000 characters is longer than the 64"):
+        sample.sample("run", stored / "x", prompts=prompts, batch_size=1)
+    with pytest.raises(ValueError, match="prompt 0 'yyy.* is longer than the 64 bytes"):
+        sample.sample("run", stored / "x", prompts=PROMPTS, negative_prompt="y" * 65)
+    assert list(stored.iterdir()) == []
+
+
+def test_a_share_without_a_causal_model_is_refused(stored):
+    with pytest.raises(ValueError, match="ar_share 0.5: there is no causal model"):
+        sample.sample("run", stored / "x", prompts=PROMPTS, ar_share=0.5)
+
+
+def test_the_text_encoder_belongs_to_the_job(tokenizer, stored, monkeypatch):
+    model = tiny.make_generator(tokenizer, "maskgil-text", {"text": "features"}).model
+    monkeypatch.setattr("maskgil_jax.loading.load_model", lambda path: model)
+    encoders = {"one": Counting(), "other": Counting()}
+    encoders["other"].fingerprint = "1"
+    monkeypatch.setattr(
+        "maskgil_jax.loading.open_text_encoder", lambda model, workdir, path: encoders[path]
+    )
+    options = {"prompts": PROMPTS * 2, "batch_size": 4}
+    generate = sample.ImageGenerator.__call__
+
+    def stop(self, *args, first_index, **options):
+        if first_index == 4:
+            raise KeyboardInterrupt
+        return generate(self, *args, first_index=first_index, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.ImageGenerator, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sample.sample("run", stored / "x", text_encoder="one", **options)
+    with pytest.raises(ValueError, match='text_encoder: "0" there, "1" now'):
+        sample.sample("run", stored / "x", text_encoder="other", **options)
+    sample.sample("run", stored / "x", text_encoder="one", **options)
+    assert len(list((stored / "x").glob("*.png"))) == 6

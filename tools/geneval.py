@@ -28,6 +28,7 @@ import numpy as np
 from maskgil_jax import cli, loading, pictures
 from maskgil_jax.build.sizes import check_size
 from maskgil_jax.checkpoints import write_text_atomically
+from maskgil_jax.decoding import masked
 from maskgil_jax.generator import ImageGenerator
 from maskgil_jax.workdir import LOCK, lock
 
@@ -298,16 +299,18 @@ def _check_counts(
 def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give where each line is, and its JSON object; at least one."""
     empty = True
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not by `splitlines` of a text: what JSON writes as it is may be a line break to that.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         empty = False
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, not {line[:40]!r}")
+            shown = line.decode()[:40]
+            raise ValueError(f"{path}, line {number}: expected a JSON object, not {shown!r}")
         yield f"{path}, line {number}", record
     if empty:
         raise ValueError(f"{path} is empty")
@@ -323,9 +326,14 @@ def generate(arguments: argparse.Namespace) -> None:
         text_encoder=loading.open_text_encoder(model, run, arguments.text_encoder),
         batch_size=arguments.batch_size,
     )
+    # All that may be wrong, before there is a folder of these settings.
+    masked.check_seed(arguments.seed)
+    generator.check_prompts([prompt.prompt for prompt in read_prompts(arguments.metadata)])
     size = None if arguments.size is None else cli.parse_size(arguments.size)
+    grid_size = None
     if size is not None:
         check_size(model.run, size)
+        grid_size = generator.tokenizer.spec.grid_size(*size)
     changes = {
         name: getattr(arguments, name)
         for name in ("num_steps", "guidance_scale")
@@ -339,7 +347,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "text_encoder": None if encoder is None else encoder.fingerprint,
         "seed": arguments.seed,
         "size": size,
-        "sampler": dataclasses.asdict(generator.sampler(**changes)),
+        "sampler": dataclasses.asdict(generator.sampler(grid_size, **changes)),
     }
     made = write_images(
         arguments.metadata,
@@ -397,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

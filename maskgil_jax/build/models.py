@@ -23,7 +23,7 @@ from maskgil_jax.models.llamagen import CausalModelConfig, LlamaGenConfig
 from maskgil_jax.models.llamagen_text import LlamaGenTextConfig
 from maskgil_jax.models.maskgil import MaskGILConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
-from maskgil_jax.text.base import TextEncoder
+from maskgil_jax.text.base import TextEncoder, Tokenized
 from maskgil_jax.text.prompts import check_prompts, encode_bytes, show
 from maskgil_jax.tokenizers.base import Tokenizer, TokenizerConfig, TokenizerSpec
 from maskgil_jax.tokenizers.chameleon_vq import ChameleonVQConfig
@@ -266,27 +266,45 @@ def read_prompts(
         cut: whether longer prompts are cut, as captions to learn from are, and not refused.
 
     Raises:
-        ValueError: if a prompt is empty, no text or too long, or there is no text encoder for a
-            model that needs one.
+        ValueError: as `tokenize_prompts`.
     """
-    if config.text == "bytes":
-        ids, lengths, lost = encode_bytes(prompts, config.text_length)
-        if not cut:
-            _check_whole(prompts, lost, f"{config.text_length} bytes")
+    ids, lengths, _ = tokenize_prompts(config, prompts, encoder, cut=cut)
+    if config.text == "bytes" or encoder is None:
         return Caption(ids, lengths)
-    if encoder is None:
-        raise ValueError(
-            "the model reads features of a text encoder; name the one that it was trained with, "
-            "--text_encoder or `text_encoder=`"
-        )
-    ids, lengths, lost = encoder.tokenize(check_prompts(prompts))
-    if not cut:
-        _check_whole(prompts, lost, f"{encoder.max_length} tokens")
     parts = [
         np.asarray(encoder.encode(ids[rows], lengths[rows]))
         for rows in (slice(first, first + batch_size) for first in range(0, len(ids), batch_size))
     ]
     return Caption(np.concatenate(parts), lengths)
+
+
+def tokenize_prompts(
+    config: CaptionModelConfig,
+    prompts: Sequence[str],
+    encoder: TextEncoder | None = None,
+    *,
+    cut: bool = False,
+) -> Tokenized:
+    """Turn prompts into bytes, or into ids of the text encoder, whichever a model reads.
+
+    The arguments are those of `read_prompts`.
+
+    Raises:
+        ValueError: if a prompt is empty, no text or too long, or there is no text encoder for a
+            model that needs one.
+    """
+    if config.text == "bytes":
+        found, most = encode_bytes(prompts, config.text_length), f"{config.text_length} bytes"
+    elif encoder is None:
+        raise ValueError(
+            "the model reads features of a text encoder; name the one that it was trained with, "
+            "--text_encoder or `text_encoder=`"
+        )
+    else:
+        found, most = encoder.tokenize(check_prompts(prompts)), f"{encoder.max_length} tokens"
+    if not cut:
+        _check_whole(prompts, found.cut, most)
+    return found
 
 
 def _check_whole(prompts: Sequence[str], lost: np.ndarray, most: str) -> None:

@@ -1,6 +1,7 @@
 """GenEval's folders and results: as its own program reads and writes them."""
 
 import json
+import re
 import statistics
 
 import numpy as np
@@ -315,3 +316,41 @@ def test_a_model_fills_the_folders(tmp_path, monkeypatch, capsys):
     assert "is of other settings: sampler was" in capsys.readouterr().err
     assert geneval.main([*arguments, "--size=20x20"]) == 1
     assert "size 20x20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt", "match"),
+    [
+        (["--seed=-1"], "a dog", "seed -1 is out of range"),
+        (["--num_steps=99"], "a dog", "num_steps 99 is out of range"),
+        ([], "x" * 10_000, "prompt 1 .* of 10,000 characters is longer than the 64 bytes"),
+    ],
+)
+def test_nothing_is_begun_that_cannot_be_finished(
+    tmp_path, monkeypatch, capsys, changes, prompt, match
+):
+    generator = tiny.make_generator(tiny.make_tokenizer_dir(tmp_path / "vq"), "maskgil-text")
+    model, tokenizer = generator.model, generator.tokenizer
+    monkeypatch.setattr("maskgil_jax.loading.load_model", lambda path: model)
+    monkeypatch.setattr("maskgil_jax.loading.open_tokenizer", lambda *args: tokenizer)
+    metadata = tmp_path / "evaluation_metadata.jsonl"
+    records = [RECORDS[0], RECORDS[1] | {"prompt": prompt}]
+    metadata.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["generate", "--workdir=run", f"--metadata={metadata}", f"--out={tmp_path / 'out'}"]
+    assert geneval.main([*arguments, *changes]) == 1
+    assert re.search(match, capsys.readouterr().err)
+    # A folder of these settings would refuse the mended ones.
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_end_where_jsonl_says(tmp_path):
+    file = tmp_path / "evaluation_metadata.jsonl"
+    record = RECORDS[0] | {"prompt": "a dog\u2028and a cat"}
+    file.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [prompt.prompt for prompt in geneval.read_prompts(file)] == [record["prompt"]]
+    file.write_bytes(b'{"tag": "colors"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"line 1: tag 'colors'"):
+        geneval.read_prompts(file)
+    file.write_bytes(json.dumps(record).encode() + b'\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="line 2: .*can't decode byte 0xe9"):
+        geneval.read_prompts(file)
