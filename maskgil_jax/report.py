@@ -125,7 +125,8 @@ def _measure_captioned(
     each = -(-config.report.num_samples // len(KINDS))
     asked = [pair for kind in KINDS for pair in heldout_prompts(kind, each, config.seed)]
     model = build_models.text_model_config(config)
-    images, expectations = [], []
+    images: list[np.ndarray] = []
+    expectations = []
     for place, size in enumerate(sizes):
         some = asked[place :: len(sizes)]
         captions = build_models.read_prompts(model, [prompt for prompt, _ in some], encoder)

@@ -335,7 +335,7 @@ def _parse_line(line: bytes, number: int, findings: Findings) -> tuple[str, tupl
     except UnicodeDecodeError:
         findings.add("lines that are not UTF-8", where)
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         findings.add("lines that are no JSON", f"{where}: {error}")
         return None
     if not isinstance(fields, dict):
@@ -351,7 +351,8 @@ def _parse_line(line: bytes, number: int, findings: Findings) -> tuple[str, tupl
 
 def find_texts(fields: dict[str, Any], where: str, findings: Findings) -> tuple[str, ...]:
     """Return the texts in the fields of a JSON object; note why if there are none."""
-    value = next((fields[field] for field in _TEXT_FIELDS if field in fields), None)
+    there = [fields[field] for field in _TEXT_FIELDS if fields.get(field) is not None]
+    value = there[0] if there else None
     if value is None or value == []:
         findings.add("images without a caption", where)
         return ()

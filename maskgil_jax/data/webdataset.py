@@ -157,7 +157,7 @@ def _read_texts(
     except UnicodeDecodeError:
         findings.add("captions that are not UTF-8", where)
         return ()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         findings.add("JSON files that cannot be read", f"{where}: {error}")
         return ()
     if not isinstance(fields, dict):

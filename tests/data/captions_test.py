@@ -260,6 +260,18 @@ def test_all_that_is_wrong_with_a_table_is_told_at_once_or_left_out(table):
     assert sum(source.left_out.values()) == 12
 
 
+def test_lines_that_a_program_may_write_but_no_person(table):
+    with open(table, "ab") as file:
+        file.write(b'{"file_name": "img/c.png", "caption": null, "text": "in its place"}\n')
+        file.write(b"[" * 100_000 + b"\n")
+    write_image(table.parent / "img" / "c.png", 40)
+    with pytest.raises(DatasetError, match=r"has 1 lines that are no JSON \(line 6: maximum rec"):
+        read_json_lines(table)
+    with pytest.warns(UserWarning, match="left out 1 lines that are no JSON"):
+        source = read_json_lines(table, allow_incomplete=True)
+    assert source.captions(3) == ("in its place",)
+
+
 def test_a_table_that_is_missing_or_empty_is_refused(tmp_path):
     with pytest.raises(DatasetError, match=r"cannot read the table .*metadata.jsonl: No such"):
         read_json_lines(tmp_path)

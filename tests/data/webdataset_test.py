@@ -148,6 +148,8 @@ def test_all_that_is_wrong_is_told_at_once_or_left_out(tmp_path):
             ("kinds.txt", b"which?"),
             ("json.png", encode(1)),
             ("json.json", b"{"),
+            ("deep.png", encode(1)),
+            ("deep.json", b"[" * 100_000),
             ("list.png", encode(1)),
             ("list.json", b"[]"),
             ("null.png", encode(1)),
@@ -162,7 +164,7 @@ def test_all_that_is_wrong_is_told_at_once_or_left_out(tmp_path):
         "1 empty captions (x.tar/empty.txt)",
         "1 captions that are not UTF-8 (x.tar/latin.txt line 1)",
         "2 keys with a member or an image twice (x.tar/twice, x.tar/kinds)",
-        "1 JSON files that cannot be read (x.tar/json.json: ",
+        "2 JSON files that cannot be read (x.tar/json.json: ",
         "1 JSON files that hold no object (x.tar/list.json)",
     ]:
         assert part in str(error.value)
