@@ -125,6 +125,10 @@ class Drafter(abc.ABC):
     ) -> Begun:
         """Begin images of which one token or more is to be drawn."""
 
+    @abc.abstractmethod
+    def check_prompts(self, prompts: Sequence[str], grid_size: tuple[int, int]) -> None:
+        """Refuse prompts that a call would refuse, though the other model takes them."""
+
     def sampler(self, changes: Mapping[str, Any]) -> AutoregressiveConfig:
         """Return the settings of its decoder, those that it has by itself with some changed.
 
@@ -185,6 +189,9 @@ class CausalDrafter(Drafter):
     model: loading.Model
     mesh: Mesh
 
+    def check_prompts(self, prompts: Sequence[str], grid_size: tuple[int, int]) -> None:
+        """Do nothing: it reads what the other model reads; see the base."""
+
     def check_whole(self, what: str) -> None:
         """Refuse parameters that are split; see the base."""
         sharding.check_whole(what, self.model.params, self.mesh)
@@ -227,6 +234,10 @@ class LuminaDrafter(Drafter):
                 f"model are split over the mesh {dict(self.model.mesh.shape)}; load it with a mesh "
                 f"of one device, or leave {what} out"
             )
+
+    def check_prompts(self, prompts: Sequence[str], grid_size: tuple[int, int]) -> None:
+        """Refuse prompts; see the base."""
+        self.model.read(prompts, grid_size)
 
     def _make_sampler(self, changes: Mapping[str, Any]) -> AutoregressiveConfig:
         return self.model.sampler(**changes)

@@ -469,18 +469,27 @@ class ImageGenerator:
         own = {name: value for name, value in settings.items() if name not in drafted}
         return own, {name.removeprefix(PREFIX): value for name, value in drafted.items()}
 
-    def check_prompts(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+    def check_prompts(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
         """Refuse prompts that a call would refuse; for a long list, before it is begun.
 
+        The arguments are those of a call.
+
         Raises:
-            ValueError: if one is empty, no text or longer than the model reads, or the model takes
-                no prompts.
+            ValueError: if one is empty, no text or longer than the models read, there are no
+                images of that size, or the model takes no prompts.
         """
         model = self.model.config
         if not isinstance(model, CaptionModelConfig):
             raise ValueError(_describe_classes(model))
         for texts in (prompts, *([] if negative_prompt is None else [[negative_prompt]])):
             build.tokenize_prompts(model, texts, self.text_encoder)
+            if self.drafter is not None:
+                self.drafter.check_prompts(texts, self._grid(size))
 
     def _grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:

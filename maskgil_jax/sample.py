@@ -233,7 +233,7 @@ def sample(
     )
     if asked.prompts:
         # All of them, before the first image is made.
-        generator.check_prompts(asked.prompts, asked.negative_prompt)
+        generator.check_prompts(asked.prompts, asked.negative_prompt, (height, width))
     image_labels = asked.image_labels
     began, kept, shards = time.monotonic(), 0, sharding.batch_shards(mesh)
     chunk_size = padded_size(min(batch_size, len(image_labels)), shards)

@@ -239,6 +239,12 @@ def test_what_has_no_meaning_is_refused(tokenizer, causal, alone, fused):
         free.tokens(prompts=PROMPTS, size=(64, 80))
 
 
+def test_prompts_are_refused_before_the_first_image(fused, no_draw):
+    fused.check_prompts(PROMPTS, size=(64, 64))
+    with pytest.raises(ValueError, match="prompt 1 .* that spell images; leave them out"):
+        fused.check_prompts(["a cat", "a <racm3:break> dog"])
+
+
 def test_the_command_line_takes_its_directory(tokenizer, directory, alone, tmp_path, capsys):
     write_model_dir(
         tmp_path / "masked",
