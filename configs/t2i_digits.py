@@ -46,8 +46,8 @@ def get_config(preset: str = "recommended"):
     config.training.num_steps = 5000 if cpu else 12_000
     config.training.ema_decay = 0.995
     config.training.label_smoothing = 0.0
-    # What a word tells is little beside what the tokens of a picture tell each other: AdamW takes
-    # notice of colours ten times later, and within the hour of digits not at all.
+    # What a word tells is little beside what the tokens of a picture tell each other, and AdamW
+    # notices it much later.
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 2e-3 if cpu else 1e-3
     config.optimizer.rate_schedule = "cosine"

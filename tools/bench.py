@@ -3,7 +3,7 @@
     python tools/bench.py --rows 1c,7 --size b [--table]
 
 The rows are those of BENCHMARKS.md, which keeps the figures. The device is JAX's default one; rows
-1, 2, 3, 3r and 4 need a GPU. Contenders take turns in blocks; `ratio` is the median over the
+1, 2, 3, 3r, 4 and 13 need a GPU. Contenders take turns in blocks; `ratio` is the median over the
 blocks, `spread` is (largest - smallest) / median. A result is `void` if the rate of a plain matmul
 moved by more than 5 % from before to after: then something else was running.
 """

@@ -520,6 +520,37 @@ def test_rows_of_autoregression_are_ratios_of_what_they_report(row):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_text_fusion_is_told_as_a_ratio_of_times():
+    from benchmarks import rows, rows_fusion, timing
+
+    side = rows_fusion.TextFusion("tiny", "float32")
+    begun, whole = side.begin(rows_fusion.SHARE), side.begin(1.0)
+    assert (whole.shape, whole.max() < 100, begun[0, 0].tolist()) == (
+        (1, 4, 4),
+        True,
+        whole[0, 0].tolist(),
+    )
+    assert (begun[0, 1:] == 100).all()
+    fused = side.fuse()
+    assert fused[0, 0].tolist() == begun[0, 0].tolist()
+    assert fused.max() < 100
+    effort = timing.Effort(block_seconds=0.001)
+    (result,) = [r.to_dict() for r in rows.ROWS["13"].run("13", "tiny", effort)]
+    assert result.keys() >= FIELDS
+    assert (result["goal"], result["batch"]) == (None, 1)
+    ratio = result["alone_seconds"] / result["fusion_seconds"]
+    assert abs(np.log(result["ratio"] / ratio)) < np.log(4)
+    assert rows.ROWS["13"].run.keywords["goals"] == {"xl": 3.6}
+
+
+@pytest.mark.gpu
+def test_text_fusion_on_a_gpu():
+    (result,) = run_on_gpu("13", "xl")
+    check_on_gpu(result)
+    assert result["goal"] == 3.6
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("row", "options"), [("3", {"compiler": "eager"}), ("3r", {"autocast": False}), ("4", {})]
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-from benchmarks import ours, rows_causal, rows_growth, rows_sampling
+from benchmarks import ours, rows_causal, rows_fusion, rows_growth, rows_sampling
 from benchmarks.comparison import against_layouts, torch_device
 from benchmarks.results import CPU, GPU, Result, gflops, seconds, summarise
 from benchmarks.timing import Effort, measure
@@ -316,6 +316,11 @@ ROWS = {
     "12": Row(
         run=functools.partial(compile_time, layers=(12, 48), goal=1.5),
         summary="compile time at 48 ÷ 12 layers",
+    ),
+    "13": Row(
+        run=functools.partial(rows_fusion.text_fusion, goals={"xl": 3.6}),
+        summary="codes from a prompt: time of Lumina-mGPT 7B alone ÷ a quarter of it and MaskGIL",
+        backend=GPU,
     ),
 }
 
