@@ -73,9 +73,7 @@ class TextFusion:
         )
         self._params = generation.place(ours.init_params(self._model), self._mesh)
         features = np.random.default_rng(0).standard_normal((1, _CAPTION_TOKENS, _FEATURE_WIDTH))
-        self._caption = Caption(
-            features.astype(np.float32), np.full(1, _CAPTION_TOKENS, np.int32)
-        )
+        self._caption = Caption(features.astype(np.float32), np.full(1, _CAPTION_TOKENS, np.int32))
         self._sampler = SamplerConfig(num_steps=NUM_STEPS, guidance_scale=GUIDANCE_SCALE)
 
     def begin(self, share: float) -> np.ndarray:
@@ -119,7 +117,9 @@ def _make_lumina(trial: bool, codes: int, dtype: str, mesh: Any) -> Lumina:
     return Lumina.create(config, params, protocol, tokenizer, mesh=mesh)
 
 
-def text_fusion(row: str, size: str, effort: Effort, *, goals: Mapping[str, float]) -> Iterator[Result]:
+def text_fusion(
+    row: str, size: str, effort: Effort, *, goals: Mapping[str, float]
+) -> Iterator[Result]:
     """Measure how many times as long a language model takes alone as when it only begins."""
     dtype = "float32" if jax.default_backend() == CPU else "bfloat16"
     side = TextFusion(size, dtype)
