@@ -1,8 +1,7 @@
 """The row about fusion from texts: a language model alone, and one that only begins the image."""
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,9 @@ from maskgil_jax.lumina import Lumina
 from maskgil_jax.models.captions import Caption
 from maskgil_jax.models.chameleon import ChameleonConfig
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
+from maskgil_jax.text.base import Tokenized
 from maskgil_jax.text.image_protocol import ImageProtocol
+from maskgil_jax.text.tokenization import PromptTokenizer
 
 # What MaskGIL's figure 8 has: a quarter of the codes, and the rest in eight steps.
 SHARE, NUM_STEPS, GUIDANCE_SCALE = 0.25, 8, 4.0
@@ -33,17 +34,17 @@ _FIRST_CODE, _FIRST_SIZE, _NUM_SIZES = 4, 8804, 32
 _IDS = dict(start=8197, end=8196, new_line=8803, begin_text=0, end_turn=8710)
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptIds:
-    """In place of a tokenizer: every prompt is as many ids, which stand for words."""
+class PromptIds(PromptTokenizer):
+    """In place of a vocabulary: every prompt is as many ids, which stand for words."""
 
-    max_length: int = _PROMPT_IDS
-
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids [b n], their number, and whether any were lost."""
-        rows = len(texts)
-        ids = np.full((rows, self.max_length), _FIRST_SIZE + _NUM_SIZES, np.int32)
-        return ids, np.full(rows, self.max_length, np.int32), np.zeros(rows, bool)
+    def __call__(self, prompts: Sequence[str]) -> Tokenized:
+        """Return the ids; see the base."""
+        shape = (len(prompts), self.max_length)
+        return Tokenized(
+            np.full(shape, _FIRST_SIZE + _NUM_SIZES, np.int32),
+            np.full(shape[:1], self.max_length, np.int32),
+            np.zeros(shape[:1], bool),
+        )
 
 
 class TextFusion:
@@ -95,7 +96,7 @@ class TextFusion:
 
 def _make_lumina(trial: bool, codes: int, dtype: str, mesh: Any) -> Lumina:
     """Return a Lumina-mGPT of 7B parameters; a tiny one for a trial."""
-    sizes: dict[str, int] = dict(num_layers=32, width=4096, num_heads=32, mlp_width=11008)
+    sizes: dict[str, Any] = dict(num_layers=32, width=4096, num_heads=32, mlp_width=11008)
     if trial:
         sizes = dict(num_layers=2, width=64, num_heads=2, mlp_width=128)
     protocol = ImageProtocol(
@@ -113,8 +114,8 @@ def _make_lumina(trial: bool, codes: int, dtype: str, mesh: Any) -> Lumina:
     )
     ids = jnp.zeros((1, 1), jnp.int32)
     params = nn.unbox(jax.jit(config.make_module().init)(jax.random.key(0), ids)["params"])
-    tokenizer: Any = PromptIds()
-    return Lumina.create(config, params, protocol, tokenizer, mesh=mesh)
+    tokenizer = PromptIds(library=None, max_length=_PROMPT_IDS, pad_id=0)
+    return Lumina.create(config, params, protocol, tokenizer, hashes={}, mesh=mesh)
 
 
 def text_fusion(
@@ -123,7 +124,10 @@ def text_fusion(
     """Measure how many times as long a language model takes alone as when it only begins."""
     dtype = "float32" if jax.default_backend() == CPU else "bfloat16"
     side = TextFusion(size, dtype)
-    contenders = {"alone": functools.partial(side.begin, 1.0), "fusion": side.fuse}
+    contenders: dict[str, Callable[[], Any]] = {
+        "alone": functools.partial(side.begin, 1.0),
+        "fusion": side.fuse,
+    }
     times = measure(contenders, dtype, effort)
     gh, gw = side.grid_size
     yield Result(
