@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from maskgil_jax.data.canvases import (
+    CELL_PX,
     COLOURS,
     MAX_DIGITS,
     NUM_CANVASES,
@@ -64,7 +65,12 @@ _COUNT_SHARES = (0.3, 0.5, 0.2)
 _SAME_DIGIT_SHARES = {2: 0.25, 3: 0.6}
 _SAME_COLOUR_SHARE = 0.5
 _COLOURS_SHARE = 0.6  # of captions that name the colours
-_RELATION_SHARE = 0.7  # of captions of several digits that say where they are, if one can
+# Of captions of several digits that say where they are, if one can; and how often they are put
+# somewhere else until one can.
+_RELATION_SHARE, _PLACINGS = 0.8, 8
+# Of what is said of two groups in training. Were both ways as frequent, neither the order in which
+# digits are named nor the words between them would tell anything by itself, to be learnt first.
+_FORWARD_SHARE = 0.8
 _PREFIX_SHARE, _SUFFIX_SHARE, _ONE_SHARE, _IN_COLOUR_SHARE, _WITH_SHARE = 0.3, 0.15, 0.1, 0.1, 0.2
 
 # How much further apart, centre to centre, two digits are along the axis of a relation that is told
@@ -92,7 +98,7 @@ class Statement:
 
     Attributes:
       groups: one to three digits, put together where they are alike. Either all colours are told
-        or none. In no order, unless there is a relation.
+        or none. In the order in which they are named, that of reading unless there is a relation.
       relation: "left of" or "above": where every digit of the first group is, seen from every one
         of the others; None if nothing is said of it.
     """
@@ -171,10 +177,11 @@ class Expectation:
 class CaptionedCanvasSource:
     """Give canvases as `{"image": uint8 [H W 3], "caption": str}`.
 
-    Captions are ASCII in lower case, at most 64 bytes. Record i is a function of (seed, split, i,
-    size) alone; the digits are those of the split. Pictures look as those of `CanvasSource`, but
-    other things are on them: single digits, digits that are alike, and alike in colour, are more
-    frequent.
+    Captions are ASCII in lower case, at most 64 bytes. They name digits in the order of reading,
+    line by line, unless they say where one is, seen from the others; then four in five do.
+    Record i is a function of (seed, split, i, size) alone; the digits are those of the split.
+    Pictures look as those of `CanvasSource`, but other things are on them: single digits, digits
+    that are alike, and alike in colour, are more frequent.
 
     What is said in one split is not said in the other. A combination is what a caption says beside
     its wording: digits, how many of each, their colours and their relation, as far as told. A fixed
@@ -214,7 +221,8 @@ class CaptionedCanvasSource:
           IndexError: there is no such record.
         """
         image, scene, statement, rng = self._draw(index)
-        return image, scene, word_statement(rng, statement)
+        caption = word_statement(rng, statement, forward_share=_FORWARD_SHARE)
+        return image, scene, caption
 
     def _draw(
         self, index: SupportsIndex
@@ -246,14 +254,14 @@ def _draw_told(
             continue
         if relate and split == "train" and statement.is_held_out:
             continue
-        image, scene = draw_digits(rng, split, size, digits, colours)
-        if relate:
-            related = [s for s in _relate(scene, groups) if _belongs(s, split)]
+        for _ in range(_PLACINGS if relate else 1):
+            image, scene = draw_digits(rng, split, size, digits, colours)
+            groups = _in_reading_order(scene, groups)
+            related = [s for s in _relate(scene, groups) if _belongs(s, split)] if relate else []
             if related:
-                statement = related[rng.integers(len(related))]
-            elif not _belongs(statement, split):
-                continue
-        return image, scene, statement
+                return image, scene, related[rng.integers(len(related))]
+        if _belongs(statement, split):
+            return image, scene, Statement(groups=groups)
 
 
 def _draw_content(rng: np.random.Generator) -> tuple[list[int], list[str]]:
@@ -280,25 +288,33 @@ def _belongs(statement: Statement, split: str) -> bool:
     return statement.is_held_out or statement._attributes == 1
 
 
+def _members(scene: Scene, group: Group) -> list[SceneObject]:
+    """Return the digits of a canvas that a group is."""
+    return [o for o in scene.objects if o.digit == group.digit and group.colour in (None, o.colour)]
+
+
+def _in_reading_order(scene: Scene, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Sort groups by the first of their cells, line by line."""
+
+    def first_cell(group: Group) -> tuple[int, int]:
+        boxes = [o.box for o in _members(scene, group)]
+        return min((top // CELL_PX, left // CELL_PX) for top, left, _, _ in boxes)
+
+    return tuple(sorted(groups, key=first_cell))
+
+
 def _relate(scene: Scene, groups: tuple[Group, ...]) -> list[Statement]:
     """Give what is true of where the groups are: one of them seen from all others.
 
     With two groups this says the same from either side, so one of both is enough.
     """
-    with_colours = groups[0].colour is not None
-
-    def members(group: Group) -> list[SceneObject]:
-        return [
-            o
-            for o in scene.objects
-            if o.digit == group.digit and (not with_colours or o.colour == group.colour)
-        ]
-
     true = []
     for first in groups:
         rest = tuple(group for group in groups if group is not first)
         pairs = list(
-            itertools.product(members(first), [o for group in rest for o in members(group)])
+            itertools.product(
+                _members(scene, first), [o for group in rest for o in _members(scene, group)]
+            )
         )
         for relation in RELATIONS:
             if all(holds(relation, a, b) for a, b in pairs):
@@ -326,11 +342,20 @@ def _is_chosen(combination: str, attributes: int) -> bool:
     return number < (_SMALL_SHARE if attributes == 2 else _SHARE) * 2**64
 
 
-def word_statement(rng: np.random.Generator, statement: Statement) -> str:
-    """Say it in one of many ways, in at most 64 bytes of lower-case ASCII."""
-    text = _word(rng, statement)
+def word_statement(
+    rng: np.random.Generator, statement: Statement, *, forward_share: float = 0.5
+) -> str:
+    """Say it in one of many ways, in at most 64 bytes of lower-case ASCII.
+
+    Args:
+      rng: which of them.
+      statement: what to say.
+      forward_share: how often a relation of two groups is said of the first, "left of" and "above"
+        and their like, and not of the other.
+    """
+    text = _word(rng, statement, forward_share)
     while len(text) > MAX_BYTES:  # there is a wording of 58 even for the longest
-        text = _word(rng, statement)
+        text = _word(rng, statement, forward_share)
     if rng.random() < _PREFIX_SHARE:
         text = _fitting(_PREFIXES[rng.integers(len(_PREFIXES))] + text, text)
     if rng.random() < _SUFFIX_SHARE:
@@ -342,12 +367,13 @@ def _fitting(longer: str, text: str) -> str:
     return longer if len(longer) <= MAX_BYTES else text
 
 
-def _word(rng: np.random.Generator, statement: Statement) -> str:
+def _word(rng: np.random.Generator, statement: Statement, forward_share: float) -> str:
     in_colour = rng.random() < _IN_COLOUR_SHARE
     names = [_name_group(rng, group, in_colour) for group in statement.groups]
     if statement.relation is None:
-        return _enumerate([names[i] for i in rng.permutation(len(names))])
-    return _word_relation(rng, statement, names)
+        return _enumerate(names)
+    forward = len(names) > 2 or rng.random() < forward_share
+    return _word_relation(rng, statement, names, forward)
 
 
 def _name_group(rng: np.random.Generator, group: Group, in_colour: bool) -> str:
@@ -368,14 +394,15 @@ def _enumerate(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _word_relation(rng: np.random.Generator, statement: Statement, names: list[str]) -> str:
+def _word_relation(
+    rng: np.random.Generator, statement: Statement, names: list[str], forward: bool
+) -> str:
     """Say where the first is, or where the other is.
 
     "Left of a seven and a three" is left of both, which is true; turned round, with two others, it
     would be unclear of which it is said.
     """
     relation, first = statement.relation or "", names[0]
-    forward = len(names) > 2 or rng.random() < 0.5
     if not forward and rng.random() < _WITH_SHARE:
         one = statement.groups[0].count == 1
         if relation == LEFT:
@@ -417,6 +444,9 @@ def heldout_prompts(kind: str, count: int, seed: int = 0) -> list[tuple[str, Exp
         order = np.random.default_rng((seed, KINDS.index(kind), turn)).permutation(len(statements))
         statement = statements[order[place]]
         rng = np.random.default_rng((seed, KINDS.index(kind), turn, place))
+        if statement.relation is None:
+            turned = rng.permutation(len(statement.groups))
+            statement = Statement(groups=tuple(statement.groups[i] for i in turned))
         expectation = Expectation(kind=kind, groups=statement.groups, relation=statement.relation)
         prompts.append((word_statement(rng, statement), expectation))
     return prompts
