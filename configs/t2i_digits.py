@@ -24,7 +24,8 @@ def get_config(preset: str = "recommended"):
     config.model.width = 128 if cpu else 384
     config.model.num_heads = 4 if cpu else 6
     config.model.mlp_width = 352 if cpu else 1024
-    config.model.cond_rope = "identity"
+    # What is named first is, as a rule, what comes first in reading: left, or above.
+    config.model.cond_rope = "diagonal"
     config.model.codebook_size = 512
     config.model.grid_size = (8, 8)
     config.model.text = "bytes"
@@ -44,13 +45,13 @@ def get_config(preset: str = "recommended"):
     config.data.num_records = 8000 if cpu else 0
 
     config.training.batch_size = 32 if cpu else 256
-    config.training.num_steps = 5000 if cpu else 12_000
+    config.training.num_steps = 6000 if cpu else 12_000
     config.training.ema_decay = 0.995
     config.training.label_smoothing = 0.0
     # What a word tells is little beside what the tokens of a picture tell each other, and AdamW
     # notices it much later.
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 2e-3 if cpu else 1e-3
+    config.optimizer.learning_rate = 4e-3 if cpu else 1e-3
     config.optimizer.rate_schedule = "cosine"
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 1e-2

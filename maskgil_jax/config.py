@@ -88,7 +88,8 @@ def default() -> ConfigDict:
     model.grid_size = (16, 16)  # tokens per column and row: image size / downsample factor
     model.condition = "first"  # place of the class token: first | last
     model.rope = "2d"  # 2d | 1d
-    model.cond_rope = "identity"  # rotary row of the class token: identity | zero | table
+    model.cond_rope = "identity"  # rotary row of the class token: identity | zero | table;
+    # of a caption's tokens: identity | zero | diagonal
     model.rope_base = 10000.0
     model.rope_interpolation = False  # spread other grids over the trained positions (2d)
     model.embeddings = "separate"  # separate token and label tables | one shared table

@@ -98,7 +98,9 @@ def _add_file_options(add: Any) -> None:
     add("--num_classes", type=int, help="classes, where codes and classes share one table")
     add("--grid_size", type=parse_grid, help="rows x columns of tokens, where not 16x16 or square")
     add("--text_length", type=int, help="tokens of a caption, where more than of the null caption")
-    add("--cond_rope", choices=("zero", "identity"), help="rotary row of the class token")
+    add(
+        "--cond_rope", choices=("zero", "identity", "diagonal"), help="rotary rows of the condition"
+    )
     add("--qk_norm", choices=("layer", "rms"), help="kind of the query and key norms in the file")
     add("--post_norm", choices=("layer", "rms"), help="kind of the post-norms in the file")
 

@@ -133,6 +133,7 @@ class RotaryModelConfig(TokenModelConfig, TransformerConfig):
     """Shape and options of LLaMA blocks over a grid, whose positions are 2D rotary rows.
 
     Attributes:
+        cond_ropes: what the rows of a condition's tokens may be.
         cond_rope: rows of the condition's tokens: `identity` (cos 1, sin 0), or `zero` (cos = sin =
             0), which LlamaGen's published weights were trained with.
         rope_base: base of the rotary frequencies.
@@ -140,6 +141,8 @@ class RotaryModelConfig(TokenModelConfig, TransformerConfig):
             positions, instead of reaching beyond them.
         embedding_dropout: dropout rate on the embedded sequence, in [0, 1).
     """
+
+    cond_ropes: ClassVar[tuple[str, ...]] = ("identity", "zero")
 
     cond_rope: str = "identity"
     rope_base: float = 10000.0
@@ -149,7 +152,7 @@ class RotaryModelConfig(TokenModelConfig, TransformerConfig):
     def __post_init__(self):
         TransformerConfig.__post_init__(self)
         TokenModelConfig.__post_init__(self)
-        check_choices(self, {"cond_rope": ("identity", "zero")})
+        check_choices(self, {"cond_rope": self.cond_ropes})
         if not self.rope_base > 0:
             raise ValueError(f"rope_base {self.rope_base} must be more than 0")
         if not 0 <= self.embedding_dropout < 1:

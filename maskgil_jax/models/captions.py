@@ -199,7 +199,8 @@ class ByteEncoder(nn.Module):
     """A small bidirectional transformer over the bytes of a caption, `patch` of them a feature.
 
     A byte is embedded with the two to five that end with it, so that words are told apart from the
-    first layer on.
+    first layer on; and with its position, for the model that reads the features sees no order of
+    them, and "a seven left of a three" is to be told from its converse.
 
     Reference: Pagnoni et al., 2024, "Byte Latent Transformer", section 3.2.1 (hashed n-grams).
     """
@@ -207,6 +208,7 @@ class ByteEncoder(nn.Module):
     config: TransformerConfig
     patch: int
     ngram_rows: int
+    max_length: int
 
     @nn.compact
     def __call__(
@@ -218,6 +220,8 @@ class ByteEncoder(nn.Module):
         there = jnp.arange(s)[None] < lengths[:, None]
         ids = jnp.where(there, ids, 0)
         x = Embedding(NUM_BYTES, cfg.width, name="embed")(ids)
+        places = jnp.broadcast_to(jnp.arange(s), ids.shape)
+        x += Embedding(self.max_length, cfg.width, name="embed_position")(places)
         for length in NGRAMS if self.ngram_rows else ():
             embed = Embedding(self.ngram_rows, cfg.width, name=f"embed_{length}")
             x += embed(hash_ngrams(ids, length, self.ngram_rows))

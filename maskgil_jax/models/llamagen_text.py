@@ -45,7 +45,9 @@ class LlamaGenText(CausalModel):
         super().setup()
         cfg = self.config
         if cfg.text == "bytes":
-            self.byte_encoder = ByteEncoder(cfg.byte_config(), cfg.byte_patch, cfg.ngram_rows)
+            self.byte_encoder = ByteEncoder(
+                cfg.byte_config(), cfg.byte_patch, cfg.ngram_rows, cfg.text_length
+            )
         self.caption_embed = CaptionEmbedding(
             cfg.feature_width, cfg.width, cfg.num_prefill, jnp.dtype(cfg.dtype)
         )

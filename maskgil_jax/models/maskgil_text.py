@@ -38,9 +38,12 @@ class MaskGILTextConfig(CaptionModelConfig, RotaryModelConfig):
 
     Attributes:
         null_length: tokens of the learned null caption.
+        cond_rope: as in the base, or `diagonal`: the tokens of a caption of `text_length` would
+            fill the diagonal of the grid, so that the image sees their order.
     """
 
     family: ClassVar[str] = "maskgil-text"
+    cond_ropes: ClassVar[tuple[str, ...]] = ("identity", "zero", "diagonal")
 
     null_length: int = 1
 
@@ -71,7 +74,11 @@ class MaskGILTextConfig(CaptionModelConfig, RotaryModelConfig):
         span = self.grid_size if self.rope_interpolation else None
         grid = grid_size or self.grid_size
         image = rope_lib.rope_2d(grid, self.head_dim, self.rope_base, span)
-        caption = rope_lib.condition_rows(num_prefill, self.head_dim, self.cond_rope)
+        if self.cond_rope == "diagonal":
+            sizes = (num_prefill, self.num_prefill, self.grid_size)
+            caption = rope_lib.diagonal_rows(*sizes, self.head_dim, self.rope_base)
+        else:
+            caption = rope_lib.condition_rows(num_prefill, self.head_dim, self.cond_rope)
         return np.concatenate([image, caption])
 
 
@@ -85,7 +92,9 @@ class MaskGILText(nn.Module):
         cfg = self.config
         self.token_embed = Embedding(cfg.codebook_size + 1, cfg.width)
         if cfg.text == "bytes":
-            self.byte_encoder = ByteEncoder(cfg.byte_config(), cfg.byte_patch, cfg.ngram_rows)
+            self.byte_encoder = ByteEncoder(
+                cfg.byte_config(), cfg.byte_patch, cfg.ngram_rows, cfg.text_length
+            )
         self.caption_embed = CaptionEmbedding(
             cfg.feature_width, cfg.width, cfg.null_length, jnp.dtype(cfg.dtype)
         )

@@ -71,6 +71,30 @@ def condition_rows(count: int, head_dim: int, kind: str) -> np.ndarray:
     return rows
 
 
+def diagonal_rows(
+    count: int, length: int, grid_size: tuple[int, int], head_dim: int, base: float = 10000.0
+) -> np.ndarray:
+    """Return table rows for condition tokens on the diagonal of a grid: i at (i·gh, i·gw) / length.
+
+    Their order is then seen by what attends to them, and both axes of the grid see it alike.
+
+    Args:
+        count: number of tokens.
+        length: how many of them would fill the diagonal.
+        grid_size: (gh, gw), tokens per column and per row.
+        head_dim: channels per head, divisible by 4.
+        base: base of the frequencies.
+
+    Returns:
+        float32 [count, head_dim/2, 2] (cos, sin).
+
+    Reference: Wang et al., 2024, "Qwen2-VL", section 2.1 (text has one position on all axes).
+    """
+    frequencies = _frequencies(head_dim // 4, base)
+    axes = [np.outer(np.arange(count) * (side / length), frequencies) for side in grid_size]
+    return _table(np.concatenate(axes, axis=-1))
+
+
 def apply_rope(
     x: Float[Array, "b l h d"],
     table: Float[Array | np.ndarray, "l d2 2"],

@@ -9,7 +9,7 @@ from goldens_lib import load_golden
 
 from maskgil_jax.build import models as build
 from maskgil_jax.convert import ConversionError, export_state_dict, import_state_dict
-from maskgil_jax.models.captions import NGRAMS, Caption, hash_ngrams
+from maskgil_jax.models.captions import NGRAMS, ByteEncoder, Caption, hash_ngrams
 from maskgil_jax.models.maskgil_text import MaskGILText, MaskGILTextConfig
 
 quick = pytest.mark.usefixtures("quick_compilation")
@@ -87,9 +87,11 @@ def test_a_checkpoint_without_the_caption_is_refused():
 
 
 @quick
-@pytest.mark.parametrize("text", ["features", "bytes"])
-def test_padding_changes_nothing(text):
-    config = tiny_config(text=text, cond_rope="identity")
+@pytest.mark.parametrize(
+    ("text", "rows"), [("features", "identity"), ("bytes", "identity"), ("bytes", "diagonal")]
+)
+def test_padding_changes_nothing(text, rows):
+    config = tiny_config(text=text, cond_rope=rows)
     params = random_params(config)
     tokens, caption = random_inputs(config)
     expected = logits_of(config, params, tokens, caption)
@@ -116,6 +118,34 @@ def test_every_part_of_a_caption_counts_and_nothing_behind_its_end(text):
         a = logits_of(config, params, tokens, caption)
         b = logits_of(config, params, tokens, Caption(changed, caption.lengths))
         assert bool(jnp.any(a[1] != b[1])) == seen, place
+
+
+@quick
+def test_the_order_of_a_captions_tokens_is_seen_on_the_diagonal_only():
+    tokens, caption = random_inputs(tiny_config(), b=1)
+    turned = Caption(caption.values[:, ::-1], caption.lengths)
+    for rows, seen in (("identity", False), ("diagonal", True)):
+        config = tiny_config(cond_rope=rows)
+        params = random_params(config)
+        a, b = (logits_of(config, params, tokens, each) for each in (caption, turned))
+        assert (np.abs(a - b).max() > 1e-2) == seen, rows
+
+
+@quick
+def test_bytes_are_known_by_their_places():
+    # One and the same byte, so nothing else tells one from another.
+    config = tiny_config(text="bytes", byte_patch=1)
+    encoder = ByteEncoder(config.byte_config(), 1, 16, config.text_length)
+    ids, lengths = jnp.full((1, 6), 65), jnp.array([6])
+    params = random_params(config)["byte_encoder"]
+    features, _ = encoder.apply({"params": params}, ids, lengths)
+    alone = jnp.zeros_like(params["embed_position"]["embedding"])
+    blind = params | {"embed_position": {"embedding": alone}}
+    # From the fifth on, n-grams are alike, too.
+    same, _ = encoder.apply({"params": blind}, ids, lengths)
+    change = np.abs(features[0, 4] - features[0, 5]).max()
+    assert change > 3 * np.abs(same[0, 4] - same[0, 5]).max()
+    assert params["embed_position"]["embedding"].shape == (12, 8)
 
 
 @quick
@@ -235,7 +265,7 @@ def test_ngrams_are_known_by_their_bytes_and_nothing_else():
 def test_single_bytes_alone_make_another_model():
     config = tiny_config(text="bytes", ngram_rows=0)
     params = random_params(config)
-    assert set(params["byte_encoder"]) == {"embed", "transformer"}
+    assert set(params["byte_encoder"]) == {"embed", "embed_position", "transformer"}
     tokens, caption = random_inputs(config)
     assert np.isfinite(logits_of(config, params, tokens, caption)).all()
     assert "embed_5" in random_params(tiny_config(text="bytes"))["byte_encoder"]

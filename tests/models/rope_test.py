@@ -52,6 +52,16 @@ def test_condition_rows_leave_or_erase_their_token(kind, factor):
     np.testing.assert_array_equal(rotated(rope.condition_rows(4, HEAD_DIM, kind), x), factor * x)
 
 
+def test_diagonal_rows_are_those_of_the_grid():
+    grid = rope.rope_2d((6, 6), HEAD_DIM, 100.0).reshape(6, 6, HEAD_DIM // 2, 2)
+    rows = rope.diagonal_rows(4, 6, (6, 6), HEAD_DIM, 100.0)
+    np.testing.assert_array_equal(rows, grid[range(4), range(4)])
+    # Twice as many tokens stand twice as densely, on each axis of a grid for itself.
+    dense = rope.diagonal_rows(12, 12, (6, 12), HEAD_DIM, 100.0)
+    np.testing.assert_allclose(dense[:8:2, :2], rows[:, :2], atol=1e-6)
+    np.testing.assert_allclose(dense[:4, 2:], rows[:, 2:], atol=1e-6)
+
+
 def test_the_type_of_the_input_is_kept():
     x = jnp.ones((1, 4, 1, HEAD_DIM), jnp.bfloat16)
     assert jax.eval_shape(lambda: rope.apply_rope(x, rope.rope_1d(4, HEAD_DIM))).dtype == x.dtype
