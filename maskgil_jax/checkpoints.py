@@ -159,7 +159,7 @@ def read_model_dir(path: os.PathLike | str) -> ModelDir:
                 f"{path} is not a model directory: {name} is missing "
                 f"(expected {_CONFIG} and {_PARAMS}, as tools/convert_checkpoint.py writes them)"
             )
-    header = _read_header(path / _CONFIG)
+    header = read_header(path / _CONFIG)
     for name, expected in header["sha256"].items():
         if not (path / name).is_file():
             raise FileNotFoundError(
@@ -188,7 +188,7 @@ def read_kind(path: os.PathLike | str) -> str:
     Raises:
         CheckpointError: if it is not ours.
     """
-    return str(_read_header(pathlib.Path(path) / _CONFIG)["kind"])
+    return str(read_header(pathlib.Path(path) / _CONFIG)["kind"])
 
 
 def list_model_files(config: os.PathLike | str) -> tuple[str, ...]:
@@ -197,11 +197,16 @@ def list_model_files(config: os.PathLike | str) -> tuple[str, ...]:
     Raises:
         CheckpointError: if it is not ours.
     """
-    return (_CONFIG, *_read_header(pathlib.Path(config))["sha256"])
+    return (_CONFIG, *read_header(config)["sha256"])
 
 
-def _read_header(path: pathlib.Path) -> dict[str, Any]:
-    """Read the `config.json` of a model directory, whose files it names."""
+def read_header(path: os.PathLike | str) -> dict[str, Any]:
+    """Read the `config.json` of a model directory, whose other files are not looked at.
+
+    Raises:
+        CheckpointError: if it is not ours.
+    """
+    path = pathlib.Path(path)
     try:
         header = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -119,7 +119,9 @@ def default() -> ConfigDict:
     tokenizer.batch_size = 64  # images at a time when a dataset is encoded up front
 
     text = config.text = ConfigDict()  # of models with text "features"; tokens: model.text_length
-    text.encoder = ""  # model directory, here or hf://…, or one of the library transformers
+    # Model directory, here or hf://…, or one of the library transformers; may be "" where stored
+    # tokens hold the features.
+    text.encoder = ""
     text.hidden_layer = -1  # whose output the features are: 0 embeddings, n block n, -1 the last
     text.dtype = placeholder(str)  # of the encoder: float32 | bfloat16; None: as stored
 

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from maskgil_jax.evals.inception import Inception, InceptionConfig
 from maskgil_jax.models.base import TokenModelConfig, count_classes
 from maskgil_jax.models.captions import CaptionModelConfig
 from maskgil_jax.models.conditioning import check_range
+from maskgil_jax.text import gemma_encoder, transformers_encoder
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.text.gemma import GemmaConfig
 from maskgil_jax.text.gemma_encoder import GemmaEncoder
@@ -307,9 +308,7 @@ def load_text_encoder(
             f"device {device!r} is for encoders in torch; {path} is computed where JAX computes"
         )
     stored = checkpoints.read_model_dir(directory)
-    _check_kind(path, stored.kind, "text-encoder")
-    if stored.family != GemmaConfig.family:
-        raise ValueError(f"{path} is of family {stored.family!r}; allowed: {GemmaConfig.family!r}")
+    _check_gemma(path, stored.kind, stored.family)
     shape = GemmaConfig.from_dict(stored.config)
     if TOKENIZER_FILE not in stored.hashes:
         raise FileNotFoundError(
@@ -332,6 +331,60 @@ def load_text_encoder(
         hidden_layer=hidden_layer,
         dtype=dtype,
     )
+
+
+def _check_gemma(path: os.PathLike | str, kind: str, family: str) -> None:
+    _check_kind(path, kind, "text-encoder")
+    if family != GemmaConfig.family:
+        raise ValueError(f"{path} is of family {family!r}; allowed: {GemmaConfig.family!r}")
+
+
+class TextIdentity(NamedTuple):
+    """Which text encoder lies in a directory.
+
+    Attributes:
+        fingerprint: that it has when it is loaded with the settings asked for.
+        dtype: type in which it computes if none is asked for.
+    """
+
+    fingerprint: str
+    dtype: str
+
+
+def identify_text_encoder(
+    path: os.PathLike | str, *, max_length: int, hidden_layer: int, dtype: str
+) -> TextIdentity:
+    """Tell which text encoder would be loaded, without loading it.
+
+    Of a Gemma its `config.json` alone is read, and trusted; of others the files of weights are. No
+    extra is needed.
+
+    Args:
+        path: as `load_text_encoder` takes it.
+        max_length: as there.
+        hidden_layer: as there.
+        dtype: as there, `float32` or `bfloat16`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the directory holds something else or is damaged, the hub does not give it,
+            or there is no such hidden layer.
+        ImportError: if it lies on the hub, whose client is not installed.
+    """
+    settings: dict[str, Any] = {"max_length": max_length, "hidden_layer": hidden_layer}
+    name = checkpoints.MODEL_FILES[0]
+    if hub.is_address(path):
+        file = hub.HubFolder.parse(path).file(name).download()
+    elif checkpoints.is_model_dir(path):
+        file = pathlib.Path(path) / name
+    else:
+        found = transformers_encoder.find_fingerprint(path, **settings, dtype=dtype)
+        return TextIdentity(found, "float32")
+    header = checkpoints.read_header(file)
+    _check_gemma(path, header["kind"], header["family"])
+    shape = GemmaConfig.from_dict(header["config"])
+    found = gemma_encoder.find_fingerprint(shape, header["sha256"], **settings, dtype=dtype)
+    return TextIdentity(found, shape.param_dtype)
 
 
 # For messages: the weights of FID's Inception, and where they are.

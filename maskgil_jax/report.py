@@ -6,6 +6,7 @@ Calls on generation, embedded data and `evals/`; `train.py` says when.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -40,24 +41,21 @@ def draw_grid(
     mesh: Mesh,
     tokenizer: Tokenizer | None,
     state: Any,
-    prompts: Sequence[str] = (),
-    encoder: TextEncoder | None = None,
+    captions: Any = None,
 ) -> np.ndarray:
-    """Return samples, one class or prompt a column; of a tokenizer, images and reconstructions.
+    """Return samples, one class or caption a column; of a tokenizer, images and reconstructions.
 
     Args:
         config: of the run.
         mesh: devices to generate on.
         tokenizer: of a model's tokens; `None` if a tokenizer was trained.
         state: the training state.
-        prompts: what to show, of a run that learns from captions.
-        encoder: of the prompts, for a model that reads its features.
+        captions: a `Caption` of what to show, of a run that learns from captions.
     """
-    if prompts and tokenizer is not None:
-        model = build_models.text_model_config(config)
-        captions = build_models.read_prompts(model, [*prompts] * GRID_ROWS, encoder, cut=True)
-        images = _generate(config, mesh, tokenizer, state, captions)
-        return pictures.make_grid(images, columns=len(prompts))
+    if captions is not None and tokenizer is not None:
+        rows = jax.tree.map(lambda x: np.concatenate([x] * GRID_ROWS), captions)
+        images = _generate(config, mesh, tokenizer, state, rows)
+        return pictures.make_grid(images, columns=len(captions.lengths))
     if tokenizer is not None:
         columns = min(config.model.num_classes, 10)
         labels = np.tile(np.arange(columns), GRID_ROWS)
@@ -258,20 +256,33 @@ def _generate(
     return generation.decode_images(tokenizer, tokens)
 
 
-def example_prompts(config: ConfigDict, sources: Mapping[Size, Any]) -> list[str]:
-    """Return prompts to show while a run learns: held-out ones of canvases, else first captions.
+def example_captions(
+    config: ConfigDict, sources: Mapping[Size, Any], encoder: TextEncoder | None
+) -> Any:
+    """Return a `Caption` to show while a run learns: held-out ones of canvases, else the first.
 
     Args:
         config: of the run.
-        sources: its datasets; there are no prompts if they have no captions.
+        sources: its datasets; there is nothing to show if it does not learn from captions.
+        encoder: of the captions, for a model that reads features which are not stored.
     """
     if not build_captions.is_captioned(config):
-        return []
+        return None
+    rng = np.random.default_rng(config.seed)
+    if build_captions.find_stored_features(config, sources) is not None:
+        return build_captions.read_stored(config, _first_records(sources), rng)
+    model = build_models.text_model_config(config)
     if config.data.name == "canvases":
-        return [heldout_prompts(kind, 1, config.seed)[0][0] for kind in KINDS]
-    source, rng = next(iter(sources.values())), np.random.default_rng(config.seed)
-    records = (source[index] for index in range(min(len(source), _EXAMPLES)))
-    return [PickCaption()(record, rng)["caption"] for record in records]
+        prompts = [heldout_prompts(kind, 1, config.seed)[0][0] for kind in KINDS]
+    else:
+        prompts = [PickCaption()(record, rng)["caption"] for record in _first_records(sources)]
+    found = build_models.read_prompts(model, prompts, encoder, cut=True)
+    return jax.tree.map(np.asarray, found)
+
+
+def _first_records(sources: Mapping[Size, Any]) -> list[dict[str, Any]]:
+    source = next(iter(sources.values()))
+    return [source[index] for index in range(min(len(source), _EXAMPLES))]
 
 
 def _inference_params(state: Any) -> Any:

@@ -46,6 +46,7 @@ from maskgil_jax.build import tokenizers as build_tokenizers
 from maskgil_jax.build import training as build_training
 from maskgil_jax.cli import say
 from maskgil_jax.data.buckets import Size
+from maskgil_jax.data.token_dataset import TextOrigin
 from maskgil_jax.data.transforms import Chain, PickCrop
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
@@ -75,8 +76,10 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh.to_dict())
     build_training.check_batch(config, mesh)
     sources = build_data.make_sources(config)
+    build_data.check_cached_captions(config, sources)
     tokenizer = _open_tokenizer(config, sources)
-    encoder = _open_text_encoder(config)
+    stored = build_captions.find_stored_features(config, sources)
+    encoder = _open_text_encoder(config, stored)
     # A run that has checkpoints needs the model that it began with no more.
     begin = [] if os.path.isdir(os.path.join(workdir, "checkpoints")) else [_open_begin(config)]
     perceptual = _open_perceptual(config)
@@ -89,10 +92,10 @@ def train(config: ConfigDict, workdir: os.PathLike | str) -> dict[str, Any]:
             else build_tokenizers.make_tokenizer_task(config, mesh, perceptual)
         )
         batches = _open_batches(config, sources, tokenizer, encoder, mesh)
-        prompts = report.example_prompts(config, sources)
+        captions = report.example_captions(config, sources, encoder)
 
         def draw(state: Any) -> np.ndarray:
-            return report.draw_grid(config, mesh, tokenizer, state, prompts, encoder)
+            return report.draw_grid(config, mesh, tokenizer, state, captions)
 
         state, best = _run(config, workdir, task, batches, draw, watch, begin)
         measured = report.measure(config, mesh, tokenizer, state, encoder) | best
@@ -255,10 +258,38 @@ def _open_tokenizer(config: ConfigDict, sources: Mapping[Size, Any]) -> Tokenize
     return tokenizer
 
 
-def _open_text_encoder(config: ConfigDict) -> TextEncoder | None:
-    """Return the encoder whose features a run learns from; `None` if it needs none."""
+def _open_text_encoder(config: ConfigDict, stored: TextOrigin | None = None) -> TextEncoder | None:
+    """Return the encoder that a run computes features with; `None` if it needs none.
+
+    Args:
+        config: of the run.
+        stored: what made the features that its records hold; then the encoder that it names is
+            only compared with that, and need not be there if it names none.
+    """
     if not build_captions.is_captioned(config) or config.model.text != "features":
         return None
+    if stored is not None:
+        found: tuple[str | None, str | None] = (None, None)
+        if config.text.encoder:
+            try:
+                found = loading.identify_text_encoder(
+                    config.text.encoder,
+                    max_length=stored.length,
+                    hidden_layer=stored.hidden_layer,
+                    dtype=stored.dtype,
+                )
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"text.encoder: {error}. It may be empty: the tokens in {config.data.path} "
+                    "hold the features"
+                ) from error
+        build_captions.check_stored_features(config, stored, *found)
+        return None
+    if not config.text.encoder:
+        raise ValueError(
+            f"the tokens in {config.data.path} hold no features, which model.text 'features' "
+            "reads; name what computes them, text.encoder, or extract them with --text_encoder"
+        )
     encoder = loading.load_text_encoder(
         config.text.encoder,
         max_length=config.model.text_length,
@@ -294,9 +325,11 @@ def _open_batches(
     put: Callable[[Any], Any] = functools.partial(sharding.put_batch, mesh=mesh)
     read_caption = None
     if build_captions.is_captioned(config):
-        for line in build_captions.describe_cut(config, sources, encoder):
-            say(line)
-        read_caption = build_captions.make_transform(config, encoder)
+        stored = build_captions.find_stored_features(config, sources) is not None
+        if not stored:
+            for line in build_captions.describe_cut(config, sources, encoder):
+                say(line)
+        read_caption = build_captions.make_transform(config, encoder, stored=stored)
     encodes = [] if encoder is None else [build_captions.make_encoder(encoder, mesh)]
 
     def make_transform(size: Size) -> Chain:

@@ -155,3 +155,20 @@ def write_chameleon(folder: pathlib.Path, config: ChameleonConfig, shards: int =
     (folder / "config.json").write_text(json.dumps(config.to_hugging_face()))
     make_image_tokenizer(folder / "tokenizer.json", image_vocabulary())
     return write_shards(folder, export_state_dict("chameleon", config, make_params(config)), shards)
+
+
+def make_gemma_dir(path: pathlib.Path, generation: int = 2) -> pathlib.Path:
+    """Write a model directory of a Gemma of width 24 that reads up to 64 tokens."""
+    from maskgil_jax.checkpoints import write_model_dir
+
+    config = gemma_config(generation)
+    file = make_tokenizer_file(path.parent / f"{path.name}_words" / "tokenizer.json")
+    write_model_dir(
+        path,
+        kind="text-encoder",
+        family=config.family,
+        config=config.to_dict(),
+        params=make_params(config),
+        files=[file],
+    )
+    return path

@@ -283,6 +283,22 @@ def test_pictures_with_long_captions_are_shown_while_a_run_learns(config, tmp_pa
     assert opened == [1]
 
 
+def test_a_cache_does_not_freeze_one_of_several_captions(config, tmp_path):
+    lines = []
+    for number in range(4):
+        Image.new("RGB", (70, 70), (30 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        texts = ["one", "two"] if number == 3 else ["one"]
+        lines.append(json.dumps({"file_name": f"{number}.png", "caption": texts}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    config.data.update(name="captions", format="jsonl", path=str(tmp_path), cache_tokens=True)
+    config.data.update(buckets="none", bucket_sizes=())
+    with pytest.raises(ValueError, match=r"would freeze one of the 2 captions of 3\.png; use more"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.data.num_records = 3
+    build.check_cached_captions(config, build.make_sources(config))
+
+
 def test_a_second_stage_begins_with_the_parameters_of_the_first(finished, config, tmp_path, capsys):
     first = ImageGenerator.from_checkpoint(finished[0])
     config.init_from = str(finished[0])

@@ -9,12 +9,17 @@ Train from the folder with `--config.data.name=tokens --config.data.path=imagene
     python tools/extract_tokens.py --tokenizer DIR --data captions --format webdataset \
         --path laion --captions --image_size 256 --buckets area --out laion_tokens
 
+With the features of a text encoder, which training then need not compute (docs/text.md):
+
+    python tools/extract_tokens.py … --captions --text_encoder gemma-2b --text_length 120
+
 Started again after a kill with the same command, it keeps the shards
 that are whole. All devices encode; several processes share the shards: give each
 `--coordinator HOST:PORT --num_processes N --process_id I` and the same folder.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -24,6 +29,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from extraction.features import TextReader
 from extraction.processes import extract
 from extraction.shards import Encode, Place
 from jax.experimental import multihost_utils
@@ -38,15 +44,23 @@ from maskgil_jax.checkpoints import write_text_atomically
 from maskgil_jax.data import crops as crop_kinds
 from maskgil_jax.data.buckets import Size, describe_buckets, format_size, split_by_bucket
 from maskgil_jax.data.crops import Crops
-from maskgil_jax.data.errors import DatasetError
+from maskgil_jax.data.errors import DatasetError, ImageReadError
 from maskgil_jax.data.folder import ImageFolderSource
 from maskgil_jax.data.pipeline import Source
 from maskgil_jax.data.token_buckets import BUCKETS_FILE, describe_token_buckets
-from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin
+from maskgil_jax.data.token_dataset import (
+    FEATURE_TYPES,
+    TextOrigin,
+    TokenDataset,
+    TokenizerOrigin,
+)
 from maskgil_jax.models.maskgil_text import MaskGILTextConfig
+from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.tokenizers.base import Tokenizer
 
 IMAGE_SETS = tuple(name for name in build.DATASETS if name != "tokens")
+# Of --text_encoder, with what they are if they are left out.
+TEXT_SETTINGS = {"hidden_layer": -1, "text_length": 120, "text_dtype": "bfloat16"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--crops", default="center", choices=crop_kinds.KINDS, help="what is encoded of an image")
     add("--crop_scales", help="of ten_crop: sides of the larger squares (default: 1.1,1.05)")
     add("--captions", action="store_true", help="keep the texts of the images")
-    add("--batch_size", type=int, default=64, help="crops at a time, on all devices together")
+    add("--text_encoder", help="directory or hf:// address; keep its features of the texts, too")
+    add("--hidden_layer", type=int, help="as text.hidden_layer (default: -1, the last)")
+    add("--text_length", type=int, help="tokens at which texts are cut (default: 120)")
+    add("--text_dtype", choices=tuple(FEATURE_TYPES), help="computed and kept (default: bfloat16)")
+    size = "crops at a time, and texts, on all devices together"
+    add("--batch_size", type=int, default=64, help=size)
     add("--num_shards", type=int, default=16, help="files to write")
     add("--num_threads", type=int, default=8, help="threads that read and crop images")
     add("--max_bad_images", type=int, default=0, help="unreadable images to leave out and list")
@@ -124,6 +143,14 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
     return config
 
 
+def read_first(source: Source, max_bad_images: int) -> Mapping[str, Any] | None:
+    """Return the first record that can be read; `None` if too many before it cannot."""
+    for index in range(min(len(source), max_bad_images + 1)):
+        with contextlib.suppress(ImageReadError):
+            return source[index]
+    return None  # the extraction counts them, and says so
+
+
 def check_captions(args: argparse.Namespace, source: Source, crops: Crops) -> None:
     """Refuse captions that are not there, that would be lost, or that would be of mirror images.
 
@@ -134,7 +161,8 @@ def check_captions(args: argparse.Namespace, source: Source, crops: Crops) -> No
         if args.data == "captions":
             raise ValueError("--data captions without --captions would lose the texts; add it")
         return
-    if "caption" not in (fields := source[0]):
+    fields = read_first(source, args.max_bad_images)
+    if fields is not None and "caption" not in fields:
         raise DatasetError(
             f"--captions is given, but records of {source.name} have only {sorted(fields)}"
         )
@@ -145,8 +173,33 @@ def check_captions(args: argparse.Namespace, source: Source, crops: Crops) -> No
         )
 
 
+def check_text_flags(args: argparse.Namespace) -> None:
+    """Refuse settings of a text encoder that is not there, or that would have nothing to read.
+
+    Raises:
+        ValueError: saying which.
+    """
+    given = [f"--{name}" for name in TEXT_SETTINGS if getattr(args, name) is not None]
+    if given and args.text_encoder is None:
+        raise ValueError(f"{', '.join(given)} without --text_encoder; name it, or leave them out")
+    if args.text_encoder is not None and not args.captions:
+        raise ValueError(
+            f"--text_encoder {args.text_encoder} without --captions has no texts to read; add it"
+        )
+
+
+def get_text_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the text encoder."""
+    given = {name: getattr(args, name) for name in TEXT_SETTINGS}
+    return TEXT_SETTINGS | {name: value for name, value in given.items() if value is not None}
+
+
 def describe(
-    args: argparse.Namespace, source: Source, tokenizer: Tokenizer, crops: Crops
+    args: argparse.Namespace,
+    source: Source,
+    tokenizer: Tokenizer,
+    crops: Crops,
+    encoder: TextEncoder | None,
 ) -> TokenDataset:
     """Return what the command line asks for, of one size of images.
 
@@ -159,6 +212,18 @@ def describe(
     spec.grid_size(height, width)
     if spec.image_channels != 3:
         raise ValueError(f"the tokenizer takes {spec.image_channels} channels; images have 3 (RGB)")
+    text = None
+    if encoder is not None:
+        settings = get_text_settings(args)
+        text = TextOrigin(
+            name=encoder.name,
+            path=args.text_encoder,
+            fingerprint=encoder.fingerprint,
+            hidden_layer=settings["hidden_layer"],
+            width=encoder.width,
+            dtype=settings["text_dtype"],
+            length=encoder.max_length,
+        )
     return TokenDataset(
         tokenizer=TokenizerOrigin(
             family=spec.family,
@@ -177,6 +242,7 @@ def describe(
         batch_size=args.batch_size,
         # The images of a bucket may be fewer than the shards.
         num_shards=min(args.num_shards, len(source)) if args.buckets != "none" else args.num_shards,
+        text=text,
     )
 
 
@@ -209,6 +275,36 @@ def make_encode(tokenizer: Tokenizer) -> tuple[Encode, sharding.Mesh]:
     return lambda x: encoder({"image": jax.device_put(x, rows), "label": None})["tokens"], mesh
 
 
+def load_text_encoder(args: argparse.Namespace) -> TextEncoder | None:
+    """Return the text encoder that the command line names; `None` if it names none."""
+    if args.text_encoder is None:
+        return None
+    settings = get_text_settings(args)
+    return loading.load_text_encoder(
+        args.text_encoder,
+        max_length=settings["text_length"],
+        hidden_layer=settings["hidden_layer"],
+        dtype=settings["text_dtype"],
+    )
+
+
+def make_text_reader(
+    args: argparse.Namespace, encoder: TextEncoder, mesh: sharding.Mesh
+) -> TextReader:
+    """Return what reads texts, by the program that training computes their features with."""
+    dtype = FEATURE_TYPES[get_text_settings(args)["text_dtype"]]
+    if not encoder.jittable:
+        return TextReader(encoder.tokenize, encoder.encode, batch_size=args.batch_size, dtype=dtype)
+    compute, rows = captions.make_encoder(encoder, mesh), sharding.batch_sharding(mesh)
+
+    def encode(ids, lengths):
+        batch = jax.device_put({"caption": ids, "caption_length": lengths}, rows)
+        with jax.set_mesh(mesh):
+            return compute(batch)["caption"]
+
+    return TextReader(encoder.tokenize, encode, batch_size=args.batch_size, dtype=dtype)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Extract what the command line asks for, and return the report that is printed."""
     for name in ("batch_size", "num_shards", "num_threads"):
@@ -216,12 +312,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.max_bad_images < 0:
         raise ValueError(f"--max_bad_images {args.max_bad_images} must be at least 0")
+    check_text_flags(args)
     began = time.monotonic()
     crops, source = make_crops(args), open_source(args)
     check_captions(args, source, crops)
     tokenizer = loading.load_tokenizer(args.tokenizer)
     encode, mesh = make_encode(tokenizer)
     sharding.check_batch_size("--batch_size", args.batch_size, mesh)
+    text_encoder = load_text_encoder(args)
+    reader = None if text_encoder is None else make_text_reader(args, text_encoder, mesh)
     place = Place(index=jax.process_index(), count=jax.process_count())
 
     def extract_one(
@@ -237,11 +336,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             max_bad_images=args.max_bad_images,
             skipped_before=skipped,
             num_threads=args.num_threads,
+            text_reader=reader,
+            may_be_empty=args.buckets != "none",
             synchronise=lambda: multihost_utils.sync_global_devices("extraction"),
         )
 
     if args.buckets == "none":
-        wanted = describe(args, source, tokenizer, crops)
+        wanted = describe(args, source, tokenizer, crops, text_encoder)
         finished = [extract_one(wanted, source, crops, args.out, 0)]
         grids: dict[str, Any] = {"grid": finished[0].grid}
     else:
@@ -251,21 +352,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         place.say(describe_buckets(sources, 1))
         jobs = {
-            size: (describe(args, part, tokenizer, shaped), part, shaped)
+            size: (describe(args, part, tokenizer, shaped, text_encoder), part, shaped)
             for size, part in sources.items()
             for shaped in [dataclasses.replace(crops, size=size)]
         }
         finished = extract_buckets(jobs, args.out, place, extract_one)
-        grids = {"buckets": {format_size(d.image_size): d.count for d in finished}}
-    return {
+        grids = {"buckets": {format_size(d.image_size): d.count for d in finished if d.count}}
+    if reader is not None and reader.cut:
+        place.say(
+            f"{reader.cut:,} of {reader.count:,} texts have more than --text_length "
+            f"{get_text_settings(args)['text_length']} tokens and are cut"
+        )
+    report: dict[str, Any] = {
         "out": str(args.out),
         "images": sum(dataset.count for dataset in finished),
         "skipped": sum(map(count_skipped, finished)),
         "crops": len(finished[0].crops),
         **grids,
         "dtype": finished[0].layout.dtype,
-        "seconds": round(time.monotonic() - began, 1),
     }
+    if text_encoder is not None:
+        report["features"] = text_encoder.fingerprint[:12]
+    return report | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def count_skipped(dataset: TokenDataset) -> int:
@@ -282,7 +390,8 @@ def extract_buckets(
     """Extract one bucket after the other, and list them when all are whole.
 
     Raises:
-        DatasetError: the folder holds something else, or a bucket cannot be extracted.
+        DatasetError: the folder holds something else, a bucket cannot be extracted, or no image of
+            any is readable.
     """
     names = {format_size(size) for size in jobs} | {BUCKETS_FILE}
     there = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -297,8 +406,13 @@ def extract_buckets(
         place.say(f"bucket {format_size(size)}: {len(part):,} images")
         skipped = sum(map(count_skipped, finished.values()))
         finished[size] = extract_one(wanted, part, shaped, out / format_size(size), skipped)
+    # Of an image that cannot be decoded the header may still be read, alone in its bucket.
+    filled = {size: dataset for size, dataset in finished.items() if dataset.count}
+    if not filled:
+        count = sum(map(count_skipped, finished.values()))
+        raise DatasetError(f"all {count} images are unreadable")
     if place.index == 0:
-        write_text_atomically(out / BUCKETS_FILE, describe_token_buckets(finished))
+        write_text_atomically(out / BUCKETS_FILE, describe_token_buckets(filled))
     return list(finished.values())
 
 

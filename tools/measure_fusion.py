@@ -77,7 +77,14 @@ def measure(
         repeats: how often it is taken.
         reference: as `evaluate` takes it.
         inception: as `evaluate` takes it.
+
+    Raises:
+        ValueError: fewer than one repetition, batch size or image in a batch; or as `evaluate`.
     """
+    if repeats < 1:
+        raise ValueError(f"--repeats {repeats} must be at least 1")
+    if min(batch_sizes, default=0) < 1:
+        raise ValueError(f"--batch_sizes {list(batch_sizes)} must be one or more, each at least 1")
     report = evaluate(
         out,
         protocol=protocol,

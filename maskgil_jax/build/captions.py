@@ -1,7 +1,7 @@
 """From a validated configuration to captions: their datasets, sizes, ids and features."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,10 @@ from maskgil_jax.data import transforms
 from maskgil_jax.data.buckets import Size, format_size
 from maskgil_jax.data.captions import read_caption_folder, read_json_lines
 from maskgil_jax.data.pipeline import Source
+from maskgil_jax.data.token_dataset import TextOrigin
 from maskgil_jax.data.webdataset import read_webdataset
 from maskgil_jax.masking import check_choice
-from maskgil_jax.models.captions import CaptionModelConfig
+from maskgil_jax.models.captions import Caption, CaptionModelConfig
 from maskgil_jax.text.base import TextEncoder
 from maskgil_jax.text.gemma_encoder import GemmaEncoder
 from maskgil_jax.text.prompts import encode_bytes
@@ -103,12 +104,15 @@ def check_settings(config: ConfigDict) -> None:
             f"{config.model.family!r}: {', '.join(DATASETS)}"
         )
     _check_fields(config)
-    if (config.model.text == "features") != bool(config.text.encoder):
+    text = config.text
+    reads_features = config.model.text == "features"
+    # Stored tokens may hold the features; they are not opened yet.
+    needed = reads_features and data.name != "tokens"
+    if (needed and not text.encoder) or (text.encoder and not reads_features):
         raise ValueError(
             f"model.text {config.model.text!r} and text.encoder {config.text.encoder!r}: features "
             "need the directory of their encoder, and bytes have none"
         )
-    text = config.text
     if config.model.text == "bytes" and (text.hidden_layer, text.dtype) != (-1, None):
         raise ValueError(
             f"text.hidden_layer {text.hidden_layer} and text.dtype {text.dtype} are of a text "
@@ -165,29 +169,104 @@ def _refuse(config: ConfigDict, neutral: Mapping[str, Any], why: str) -> None:
         raise ValueError(f"{why}: {'; '.join(wrong)}")
 
 
-def make_transform(config: ConfigDict, encoder: TextEncoder | None) -> transforms.Chain:
-    """Return what turns the captions of records into bytes, or into ids of a text encoder.
+def find_stored_features(config: ConfigDict, sources: Mapping[Size, Any]) -> TextOrigin | None:
+    """Return what made the features that a run reads from its records, or `None`.
+
+    Args:
+        config: of the run.
+        sources: its datasets, whose records are all of one kind.
+    """
+    if config.data.name != "tokens" or not is_captioned(config) or config.model.text != "features":
+        return None
+    return next(iter(sources.values())).dataset.text
+
+
+def check_stored_features(
+    config: ConfigDict, stored: TextOrigin, fingerprint: str | None, dtype: str | None
+) -> None:
+    """Raise a `ValueError` that lists why stored features do not fit model and run, if so.
+
+    What is generated later reads its prompts with the encoder of `config.text`.
+
+    Args:
+        config: of the run.
+        stored: what made them.
+        fingerprint: of the encoder that the run names, under the settings of what is stored;
+            `None` if it names none.
+        dtype: type in which that one computes if none is asked for.
+    """
+    text, model, problems = config.text, config.model, []
+    if fingerprint is not None and fingerprint != stored.fingerprint:
+        problems.append(
+            f"text.encoder {text.encoder} (fingerprint {fingerprint[:12]}…) is another encoder; "
+            "name theirs, or none"
+        )
+    if text.hidden_layer != stored.hidden_layer:
+        problems.append(f"text.hidden_layer {text.hidden_layer} must be {stored.hidden_layer}")
+    if (text.dtype or dtype) != stored.dtype:
+        problems.append(f"text.dtype {text.dtype} must be {stored.dtype!r}")
+    if model.text_width != stored.width:
+        problems.append(f"model.text_width {model.text_width} must be {stored.width}")
+    if model.text_length < stored.length:
+        problems.append(
+            f"model.text_length {model.text_length} must be at least {stored.length}, at which "
+            "their captions were cut"
+        )
+    if problems:
+        raise ValueError(
+            f"the features in {config.data.path} ({stored.describe()}) do not fit: "
+            f"{'; '.join(problems)}. Or extract the tokens again, with --text_encoder or without"
+        )
+
+
+def make_transform(
+    config: ConfigDict, encoder: TextEncoder | None, *, stored: bool = False
+) -> transforms.Transform:
+    """Return what turns the captions of records into what the model is given.
+
+    That is bytes, or ids of a text encoder, which features are computed of, or stored features.
 
     Where an image has several, one is drawn. What is too long is cut; `describe_cut` tells of it.
+
+    Args:
+        config: of the run.
+        encoder: of features that are computed.
+        stored: whether records hold the features.
     """
+    if stored:
+        return transforms.PickFeatures(length=config.model.text_length)
+    return transforms.Chain(transforms=(transforms.PickCaption(), _make_reader(config, encoder)))
+
+
+def read_stored(
+    config: ConfigDict, records: Sequence[Mapping[str, Any]], rng: np.random.Generator
+) -> Caption:
+    """Return the stored features of one text of each record, as float32."""
+    pick = transforms.PickFeatures(length=config.model.text_length)
+    picked = [pick(dict(record), rng) for record in records]
+    features = np.stack([record["caption"] for record in picked])
+    lengths = np.stack([record["caption_length"] for record in picked])
+    return Caption(features.astype(np.float32), lengths)
+
+
+def _make_reader(config: ConfigDict, encoder: TextEncoder | None) -> transforms.ReadCaption:
     tokenize: Any = functools.partial(encode_bytes, max_length=config.model.text_length)
     if encoder is not None:
         tokenize = encoder.tokenize
-    read = transforms.ReadCaption(tokenize=tokenize)
-    return transforms.Chain(transforms=(transforms.PickCaption(), read))
+    return transforms.ReadCaption(tokenize=tokenize)
 
 
 def describe_cut(
     config: ConfigDict, sources: Mapping[Size, Any], encoder: TextEncoder | None
 ) -> list[str]:
     """Say of every bucket in which captions are cut how many of the first ones are."""
-    read, rng = make_transform(config, encoder), np.random.default_rng(0)
-    tokenize, pick = read.transforms[1].tokenize, read.transforms[0]  # type: ignore[attr-defined]
+    read, rng = _make_reader(config, encoder), np.random.default_rng(0)
+    tokenize, pick = read.tokenize, transforms.PickCaption()
     lines, most = [], -(-_LOOKED_AT // len(sources))
     for size, source in sources.items():
         records = (source[index] for index in range(min(len(source), most)))
         captions = [pick(record, rng)["caption"] for record in records]
-        if cut := int(np.sum(tokenize(captions).cut)):
+        if cut := int(np.sum(tokenize(captions)[2])):
             lines.append(
                 f"{cut} of the first {len(captions)} captions of {format_size(size)} are longer "
                 f"than model.text_length {config.model.text_length} and are cut"

@@ -40,7 +40,12 @@ def make_sources(config: ConfigDict) -> dict[Size, Source]:
     elif data.name == "tokens" and captions.is_captioned(config):
         from maskgil_jax.data.token_buckets import open_token_buckets
 
-        stored = open_token_buckets(data.path, captions=True, check_records=data.check_records)
+        stored = open_token_buckets(
+            data.path,
+            captions=True,
+            features=config.model.text == "features",
+            check_records=data.check_records,
+        )
         sources = dict(stored)
         if strangers := sorted(set(sources) - set(sizes)):
             raise ValueError(
@@ -171,6 +176,25 @@ def check_cache(config: ConfigDict, transform: transforms.Chain) -> None:
     augmented = len(transform.transforms) > 2 or config.data.crop != "center"
     if cached and copies == 1 and augmented:
         raise ValueError("data.cache_copies 1 would freeze one augmentation; use more copies")
+
+
+def check_cached_captions(config: ConfigDict, sources: Mapping[Size, Any]) -> None:
+    """Raise a `ValueError` if a single cached copy would have one of several captions for good.
+
+    Args:
+        config: of the run.
+        sources: its datasets.
+    """
+    data = config.data
+    if not (data.cache_tokens and data.cache_copies == 1 and data.name == "captions"):
+        return
+    for source in sources.values():
+        for index in range(len(source)):
+            if (count := len(source.captions(index))) > 1:
+                raise ValueError(
+                    f"data.cache_copies 1 would freeze one of the {count} captions of "
+                    f"{source.describe(index)}; use more copies, each of which draws one"
+                )
 
 
 def cache_tokens(

@@ -130,6 +130,10 @@ class Subset:
         """Return the name of an image, of a source that has names for them."""
         return self.source.describe(int(self.indices[index]))
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the texts of an image, of a source that tells them without it."""
+        return self.source.captions(int(self.indices[index]))
+
     def __len__(self) -> int:
         return len(self.indices)
 

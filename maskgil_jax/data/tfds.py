@@ -156,6 +156,12 @@ class TFDSCaptionSource:
             index,
         )
 
+    def captions(self, index: SupportsIndex) -> tuple[str, ...]:
+        """Return the texts of an image, or of the one that stands in; its pixels stay encoded."""
+        return self._reader.apply(
+            lambda i: tuple(self._find_texts(_read_record(self._records, i), i)), index
+        )
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -167,6 +173,12 @@ class TFDSCaptionSource:
 
     def _read(self, index: int) -> Record:
         record = _read_record(self._records, index)
+        texts = self._find_texts(record, index)
+        image = decode_rgb(record[self._image_key], upright=True)
+        return {"image": image, "caption": as_field(texts)}
+
+    def _find_texts(self, record: Any, index: int) -> list[str]:
+        """Return the texts of a record."""
         value = record
         for part in self._caption_path:
             value = value[part]
@@ -183,8 +195,7 @@ class TFDSCaptionSource:
                 f"{self.describe(index)} has {'an empty' if texts else 'no'} caption; use a split "
                 "whose images all have one"
             )
-        image = decode_rgb(record[self._image_key], upright=True)
-        return {"image": image, "caption": as_field(texts)}
+        return texts
 
 
 def _read_record(records: Any, index: int) -> Any:

@@ -34,7 +34,11 @@ def describe_token_buckets(datasets: Mapping[Size, TokenDataset]) -> str:
 
 
 def open_token_buckets(
-    path: str | os.PathLike, *, captions: bool = False, check_records: bool = True
+    path: str | os.PathLike,
+    *,
+    captions: bool = False,
+    features: bool = False,
+    check_records: bool = True,
 ) -> dict[Size, TokenRecordSource]:
     """Open stored tokens as one source for each size (height, width) of images.
 
@@ -42,20 +46,19 @@ def open_token_buckets(
 
     Args:
       path: folder that `tools/extract_tokens.py` wrote.
-      captions, check_records: see `TokenRecordSource`.
+      captions, features, check_records: see `TokenRecordSource`.
 
     Raises:
       DatasetError: a file is missing or damaged, or the buckets are not of one tokenizer and kind.
     """
     folder = pathlib.Path(path).expanduser()
+    options = {"captions": captions, "features": features, "check_records": check_records}
     if (folder / DATASET_FILE).exists():
-        source = TokenRecordSource(folder, captions=captions, check_records=check_records)
+        source = TokenRecordSource(folder, **options)
         return {source.dataset.image_size: source}
     sources: dict[Size, TokenRecordSource] = {}
     for size, count in _read_list(folder).items():
-        source = TokenRecordSource(
-            folder / format_size(size), captions=captions, check_records=check_records
-        )
+        source = TokenRecordSource(folder / format_size(size), **options)
         if (source.dataset.image_size, len(source)) != (size, count):
             raise DatasetError(
                 f"{folder / format_size(size)} holds {len(source)} records of "
@@ -76,9 +79,13 @@ def open_token_buckets(
 def _describe_kind(dataset: TokenDataset) -> str:
     """Return what is the same for all buckets of a data set."""
     labels = "no labels" if dataset.num_classes is None else f"{dataset.num_classes} classes"
+    texts = "captions" if dataset.has_captions else "no captions"
+    if dataset.text is not None:
+        made = dataset.text
+        texts += f" with {made.dtype} features of {made.fingerprint[:12]}"
     return (
         f"tokens of {dataset.tokenizer.fingerprint[:12]}, crops {', '.join(dataset.crops)}, "
-        f"{labels}, {'captions' if dataset.has_captions else 'no captions'}"
+        f"{labels}, {texts}"
     )
 
 

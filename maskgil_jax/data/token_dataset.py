@@ -7,9 +7,10 @@ of the image in its source, and what the source has of `label` int32 [] and text
 as uint8 [bytes]), or of an image with several `captions`, one behind the other, and their bytes
 `caption_lengths` int32 [texts]. `token_records` writes and reads the files of records.
 
-Features of a text encoder have no place in a record yet. They will be further arrays, one row per
-text, and the encoder a further field of `dataset.json`, without which they cannot be read: another
-`VERSION`.
+Where a text encoder has read the texts, records also hold what it made of them: `features` [n t],
+those of all tokens of the first text, then of the second, without padding, and
+`feature_lengths` int32 [texts], the tokens of each. `dataset.json` then names the encoder in `text`
+and is of `FEATURES_VERSION`. Without features, everything is as it was before there were any.
 """
 
 import dataclasses
@@ -20,17 +21,28 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 
 from maskgil_jax.data.errors import DatasetError
 
 FORMAT = "maskgil_jax.tokens"
-VERSION = 1
+VERSION, FEATURES_VERSION = 1, 2
 DATASET_FILE = "dataset.json"
 REMEDY = "extract the tokens again with tools/extract_tokens.py"
+# Of features as they are stored. Gemma's do not fit into float16.
+FEATURE_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# NumPy's own reader of safetensors does not know bfloat16.
+_STORED_TYPES = {
+    "BOOL": np.dtype(bool),
+    "BF16": FEATURE_TYPES["bfloat16"],
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,58 @@ class TokenRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturedRecord(TokenRecord):
+    """One image whose texts a text encoder has read.
+
+    Attributes:
+      features: of every text those of its tokens [s t], without padding.
+    """
+
+    features: tuple[Float[np.ndarray, "_ t"], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOrigin:
+    """The text encoder that made the features.
+
+    Attributes:
+      name: what it is called.
+      path: where it was, as it was given.
+      fingerprint: SHA-256 of weights, tokenizer and all settings, whatever the path.
+      hidden_layer: whose output the features are, as it was given.
+      width: channels t of a feature.
+      dtype: type of the computation and of what is stored, one of `FEATURE_TYPES`.
+      length: tokens at which texts were cut.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+    hidden_layer: int
+    width: int
+    dtype: str
+    length: int
+
+    def __post_init__(self):
+        _check_sha256(self.fingerprint)
+        if self.dtype not in FEATURE_TYPES:
+            raise ValueError(
+                f"dtype {self.dtype!r} of features; allowed: {', '.join(FEATURE_TYPES)}"
+            )
+        if self.width < 1 or self.length < 1:
+            raise ValueError(f"width {self.width} and length {self.length} must be at least 1")
+
+    def describe(self) -> str:
+        """Return name and fingerprint, for messages."""
+        return f"{self.name}, {self.path}, fingerprint {self.fingerprint[:12]}…"
+
+
+def _check_sha256(fingerprint: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", fingerprint):
+        raise ValueError(f"fingerprint {fingerprint!r} is no SHA-256")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """What every record of a data set is like.
 
@@ -60,6 +124,7 @@ class Layout:
       crops: number of crops of every image.
       num_classes: labels are in [0, num_classes); `None` where images have none.
       has_captions: whether every image has a text or several.
+      text: what made the features of the texts; `None` where there are none.
     """
 
     codebook_size: int
@@ -67,6 +132,7 @@ class Layout:
     crops: int
     num_classes: int | None
     has_captions: bool
+    text: TextOrigin | None = None
 
     @property
     def dtype(self) -> str:
@@ -97,6 +163,25 @@ class Layout:
             raise DatasetError(f"label {record.label}; allowed 0..{(self.num_classes or 0) - 1}")
         if bool(record.captions) != self.has_captions:
             raise DatasetError(f"captions {record.captions} where has_captions {self.has_captions}")
+        self._check_features(record)
+
+    def _check_features(self, record: TokenRecord) -> None:
+        features = record.features if isinstance(record, FeaturedRecord) else ()
+        expected = len(record.captions) if self.text is not None else 0
+        if len(features) != expected:
+            raise DatasetError(f"features of {len(features)} texts; expected those of {expected}")
+        for array in features:
+            # For the type checker: where there are features, there is what made them.
+            assert self.text is not None
+            width, dtype = self.text.width, FEATURE_TYPES[self.text.dtype]
+            if array.ndim != 2 or array.shape[1] != width or array.dtype != dtype:
+                raise DatasetError(
+                    f"features are {array.dtype} {array.shape}; expected {dtype} of width {width}"
+                )
+            if len(array) > self.text.length:
+                raise DatasetError(
+                    f"features of {len(array)} tokens of a text; allowed: {self.text.length}"
+                )
 
     def encode(self, record: TokenRecord) -> bytes:
         """Return the bytes of a record, the same for the same record.
@@ -117,6 +202,12 @@ class Layout:
             arrays[name] = np.frombuffer(b"".join(texts), np.uint8)
         if len(texts) > 1:
             arrays["caption_lengths"] = np.asarray(list(map(len, texts)), np.int32)
+        if isinstance(record, FeaturedRecord) and record.features:
+            arrays["features"] = np.concatenate(record.features)
+            if not np.isfinite(arrays["features"]).all():
+                raise DatasetError(f"features of {record.captions} are no finite numbers")
+            lengths = list(map(len, record.features))
+            arrays["feature_lengths"] = np.asarray(lengths, np.int32)
         return safetensors.numpy.save(arrays)
 
     def decode(self, data: bytes) -> TokenRecord:
@@ -126,17 +217,28 @@ class Layout:
           DatasetError: the bytes are damaged, or the record is not like this.
         """
         try:
-            arrays = safetensors.numpy.load(data)
-            record = TokenRecord(
-                tokens=_take(arrays, "tokens", self.dtype, 3),
-                index=int(_take(arrays, "index", "int64", 0)),
-                label=int(_take(arrays, "label", "int32", 0)) if "label" in arrays else None,
-                captions=_take_captions(arrays),
-            )
+            arrays = _load_arrays(data)
+            fields: dict[str, Any] = {
+                "tokens": _take(arrays, "tokens", self.dtype, 3),
+                "index": int(_take(arrays, "index", "int64", 0)),
+                "label": int(_take(arrays, "label", "int32", 0)) if "label" in arrays else None,
+                "captions": _take_captions(arrays),
+            }
+            if self.text is not None:
+                fields["features"] = _take_features(arrays, FEATURE_TYPES[self.text.dtype])
         except (safetensors.SafetensorError, KeyError, UnicodeDecodeError) as error:
             raise DatasetError(f"it is no token record: {error}") from error
+        record = TokenRecord(**fields) if self.text is None else FeaturedRecord(**fields)
         self.check(record)
         return record
+
+
+def _load_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """Return what `safetensors.numpy.load` does, and arrays of bfloat16."""
+    return {
+        name: np.frombuffer(view["data"], _STORED_TYPES[view["dtype"]]).reshape(view["shape"])
+        for name, view in safetensors.deserialize(data)
+    }
 
 
 def _take_captions(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
@@ -150,7 +252,22 @@ def _take_captions(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(data[a:b].decode() for a, b in zip([0, *ends], ends, strict=False))
 
 
-def _take(arrays: Mapping[str, np.ndarray], name: str, dtype: str, ndim: int) -> np.ndarray:
+def _take_features(
+    arrays: Mapping[str, np.ndarray], dtype: np.dtype
+) -> tuple[Float[np.ndarray, "_ t"], ...]:
+    data = _take(arrays, "features", dtype, 2)
+    lengths = _take(arrays, "feature_lengths", "int32", 1)
+    if (lengths < 0).any() or int(lengths.sum(dtype=np.int64)) != len(data):
+        raise DatasetError(
+            f"feature_lengths {lengths.tolist()[:5]} do not make up the {len(data)} features"
+        )
+    ends = np.cumsum(lengths).tolist()
+    return tuple(data[a:b] for a, b in zip([0, *ends], ends, strict=False))
+
+
+def _take(
+    arrays: Mapping[str, np.ndarray], name: str, dtype: str | np.dtype, ndim: int
+) -> np.ndarray:
     array = arrays[name]
     if array.dtype != dtype or array.ndim != ndim:
         raise DatasetError(
@@ -216,8 +333,7 @@ class TokenizerOrigin:
     dtype: str
 
     def __post_init__(self):
-        if not re.fullmatch("[0-9a-f]{64}", self.fingerprint):
-            raise ValueError(f"fingerprint {self.fingerprint!r} is no SHA-256")
+        _check_sha256(self.fingerprint)
         if self.codebook_size < 1 or self.downsample_factor < 1:
             raise ValueError("codebook_size and downsample_factor must be at least 1")
 
@@ -237,6 +353,7 @@ class TokenDataset:
       batch_size: crops encoded at a time.
       num_shards: number of files.
       shards: the files, in order.
+      text: what made the features of the texts; `None` where there are none.
     """
 
     tokenizer: TokenizerOrigin
@@ -249,8 +366,11 @@ class TokenDataset:
     batch_size: int
     num_shards: int
     shards: tuple[Shard, ...] = ()
+    text: TextOrigin | None = None
 
     def __post_init__(self):
+        if self.text is not None and not self.has_captions:
+            raise ValueError("text names what made features, but has_captions is false")
         if not self.crops:
             raise ValueError("crops are empty; give at least one name")
         factor = self.tokenizer.downsample_factor
@@ -285,6 +405,7 @@ class TokenDataset:
             crops=len(self.crops),
             num_classes=self.num_classes,
             has_captions=self.has_captions,
+            text=self.text,
         )
 
     def shard_name(self, shard: int) -> str:
@@ -299,8 +420,12 @@ class TokenDataset:
     def to_json(self) -> str:
         """Return the contents of `dataset.json`, the same for the same data set."""
         fields = dataclasses.asdict(self)
+        version = FEATURES_VERSION
+        if self.text is None:
+            del fields["text"]
+            version = VERSION
         derived = {"grid": self.grid, "dtype": self.layout.dtype, "count": self.count}
-        header = {"format": FORMAT, "version": VERSION}
+        header = {"format": FORMAT, "version": version}
         # In ASCII: paths may hold bytes that are no text, which JSON's escapes bring back.
         return json.dumps(header | derived | fields, indent=1) + "\n"
 
@@ -314,11 +439,15 @@ class TokenDataset:
         fields = json.loads(text)
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise ValueError(f"it does not say format {FORMAT!r}")
-        if fields.get("version") != VERSION:
+        featured = "text" in fields
+        version = FEATURES_VERSION if featured else VERSION
+        if fields.get("version") != version:
             raise ValueError(
-                f"it has version {fields.get('version')!r}; this release reads {VERSION}"
+                f"it has version {fields.get('version')!r}; this release reads {version} "
+                f"{'with' if featured else 'without'} features of texts"
             )
-        made = _check_fields("data set", fields, _DATASET_TYPES | _DERIVED_TYPES)
+        types = _DATASET_TYPES | _DERIVED_TYPES | ({"text": (dict,)} if featured else {})
+        made = _check_fields("data set", fields, types)
         derived = {name: made.pop(name) for name in _DERIVED_TYPES}
         if list(map(type, made["image_size"])) != [int, int]:
             raise ValueError(f"image_size {made['image_size']} must be height and width in pixels")
@@ -326,6 +455,8 @@ class TokenDataset:
             raise ValueError(f"crops {made['crops']} must be names")
         maker = _check_fields("tokenizer", made["tokenizer"], _TOKENIZER_TYPES)
         made["tokenizer"] = TokenizerOrigin(**maker)
+        if featured:
+            made["text"] = TextOrigin(**_check_fields("text", made["text"], _TEXT_TYPES))
         made["shards"] = tuple(map(Shard.from_dict, made["shards"]))
         made["image_size"], made["crops"] = tuple(made["image_size"]), tuple(made["crops"])
         dataset = cls(**made)
@@ -342,9 +473,12 @@ class TokenDataset:
 
     def _settings(self) -> dict[str, Any]:
         fields = dataclasses.asdict(dataclasses.replace(self, shards=()))
-        tokenizer = fields.pop("tokenizer")
-        del tokenizer["path"]  # the same tokenizer may lie elsewhere
-        return {f"tokenizer.{key}": value for key, value in tokenizer.items()} | fields
+        tokenizer, text = fields.pop("tokenizer"), fields.pop("text")
+        made_by = {f"tokenizer.{key}": tokenizer[key] for key in _TOKENIZER_TYPES}
+        made_by |= {f"text.{key}": text[key] if text else None for key in _TEXT_TYPES}
+        for key in ("tokenizer.path", "text.path", "text.name"):  # the same one may lie elsewhere
+            del made_by[key]
+        return made_by | fields
 
 
 _SHARD_TYPES: dict[str, tuple[type, ...]] = {
@@ -361,6 +495,15 @@ _TOKENIZER_TYPES: dict[str, tuple[type, ...]] = {
     "codebook_size": (int,),
     "downsample_factor": (int,),
     "dtype": (str,),
+}
+_TEXT_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "path": (str,),
+    "fingerprint": (str,),
+    "hidden_layer": (int,),
+    "width": (int,),
+    "dtype": (str,),
+    "length": (int,),
 }
 _DATASET_TYPES: dict[str, tuple[type, ...]] = {
     "tokenizer": (dict,),

@@ -21,6 +21,7 @@ from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.token_dataset import (
     DATASET_FILE,
     REMEDY,
+    FeaturedRecord,
     Layout,
     Shard,
     TokenRecord,
@@ -105,10 +106,14 @@ class TokenRecordSource:
     There is no `label` where the images had none. `transforms.PickCrop` chooses one of the crops.
     With captions, records are `{"tokens", "caption": str}`; where an image has several texts,
     `caption` is an array of them, of which `transforms.PickCaption` draws one.
+    With features, they also have `features`, a tuple with an array [s t] for every text, of which
+    `transforms.PickFeatures` draws one.
 
     Args:
       path: folder that `tools/extract_tokens.py` wrote.
       captions: give the texts instead of the labels.
+      features: give with the texts what a text encoder has made of them, where that is stored;
+        `dataset.text` says whether it is.
       check_records: read every record once at opening, on all cores, and compare the SHA-256 of
         every shard. Without, a shard is checked for its size and number of records at opening, and
         each record when it is read.
@@ -120,10 +125,15 @@ class TokenRecordSource:
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, captions: bool = False, check_records: bool = True
+        self,
+        path: str | os.PathLike,
+        *,
+        captions: bool = False,
+        features: bool = False,
+        check_records: bool = True,
     ):
         self._folder = pathlib.Path(path).expanduser()
-        self._gives_captions = captions
+        self._gives_captions, self._gives_features = captions, captions and features
         self.dataset = read_dataset(self._folder)
         if captions and not self.dataset.has_captions:
             raise DatasetError(
@@ -152,6 +162,8 @@ class TokenRecordSource:
         fields: dict[str, Any] = {"tokens": record.tokens.astype(np.int32)}
         if self._gives_captions:
             fields["caption"] = as_field(record.captions)
+            if self._gives_features and isinstance(record, FeaturedRecord):
+                fields["features"] = record.features
         elif record.label is not None:
             fields["label"] = np.asarray(record.label, np.int32)
         return fields

@@ -214,6 +214,29 @@ class PickCaption:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PickFeatures:
+    """Take the stored features of one text of an image, each with the same probability.
+
+    Of `features`, an array [s t] for every text, one becomes `caption` [length t], zero where
+    padded, with `caption_length` int32 []. The text drawn is the one that `PickCaption` draws.
+
+    Attributes:
+      length: to which they are padded; no text has more tokens.
+    """
+
+    length: int
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Draw once, whatever the number of texts, and take the features of that one."""
+        features = record["features"]
+        chosen = features[int(rng.random() * len(features))]
+        padded = np.zeros((self.length, chosen.shape[1]), chosen.dtype)
+        padded[: len(chosen)] = chosen
+        rest = {name: value for name, value in record.items() if name != "features"}
+        return rest | {"caption": padded, "caption_length": np.asarray(len(chosen), np.int32)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToFloat:
     """Turn uint8 pixels 0..255 into float32 in [-1, 1]."""
 

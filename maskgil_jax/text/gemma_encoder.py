@@ -74,19 +74,17 @@ class GemmaEncoder:
                 "that the model reads"
             )
         depth = config.find_depth(hidden_layer)
+        settings = {"hidden_layer": hidden_layer, "max_length": tokenizer.max_length}
+        fingerprint = find_fingerprint(config, hashes, **settings, dtype=dtype)
         config = dataclasses.replace(config, param_dtype=dtype)
         kept = take_layers(params, config, depth)
-        settings = [
-            *(config.family, config.to_dict(), dict(hashes)),
-            *(depth, dtype, tokenizer.max_length),
-        ]
         return cls(
             name=name,
             config=config,
             module=config.make_module(hidden_layer=depth, dtype=dtype),
             params=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kept),
             tokenizer=tokenizer,
-            fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            fingerprint=fingerprint,
         )
 
     @property
@@ -139,6 +137,34 @@ class GemmaEncoder:
             max_length=self.config.max_positions,
         )
         return _apply(self.module, params, ids, lengths)
+
+
+def find_fingerprint(
+    config: GemmaConfig,
+    hashes: Mapping[str, str],
+    *,
+    max_length: int,
+    hidden_layer: int,
+    dtype: str,
+) -> str:
+    """Return the fingerprint of the encoder of these sizes, files and settings.
+
+    Args:
+        config: sizes of the model.
+        hashes: SHA-256 of what parameters and tokenizer are read from, by name.
+        max_length: tokens at which prompts are cut.
+        hidden_layer: as `GemmaEncoder.create` takes it.
+        dtype: type of the computation.
+
+    Raises:
+        ValueError: no such hidden layer.
+    """
+    config = dataclasses.replace(config, param_dtype=dtype)
+    settings = [
+        *(config.family, config.to_dict(), dict(hashes)),
+        *(config.find_depth(hidden_layer), dtype, max_length),
+    ]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -32,6 +32,13 @@ _LAYOUT = (
     f"config.json, {TOKENIZER_FILE}, and model.safetensors (or its shards) or pytorch_model.bin, "
     "as in the repository google/flan-t5-xl"
 )
+# In the order in which transformers looks for them; an index names its shards.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,18 +47,20 @@ class TransformersEncoder:
 
     Attributes:
         name: what it is called.
+        path: the directory that it was loaded from.
         model: gives `last_hidden_state`.
         tokenizer: as its file says.
-        tokenizer_sha256: of that file.
+        dtype: type in which torch computes.
         hidden_layer: index into transformers' `hidden_states`, or -1 for `last_hidden_state`.
     """
 
     jittable: ClassVar[bool] = False
 
     name: str
+    path: pathlib.Path
     model: Any = dataclasses.field(repr=False)
     tokenizer: PromptTokenizer = dataclasses.field(repr=False)
-    tokenizer_sha256: str
+    dtype: str = "float32"
     hidden_layer: int = -1
 
     @classmethod
@@ -132,13 +141,12 @@ class TransformersEncoder:
             vocab_size=config.vocab_size,
             pad_id=config.pad_token_id or 0,
         )
-        with open(path / TOKENIZER_FILE, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(
             name=path.name,
+            path=path,
             model=model.eval().requires_grad_(False).to(device),
             tokenizer=tokenizer,
-            tokenizer_sha256=digest,
+            dtype=dtype,
             hidden_layer=hidden_layer,
         )
 
@@ -154,15 +162,13 @@ class TransformersEncoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of weights, tokenizer and settings."""
-        settings = [self.model.config.model_type, self.tokenizer_sha256, self.max_length]
-        settings += [self.hidden_layer, str(self.model.dtype), _describe(self.model.config)]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            # As float32, which holds every bfloat16: NumPy has none of its own.
-            digest.update(np.ascontiguousarray(tensor.float().cpu().numpy()).data)
-        return digest.hexdigest()
+        """SHA-256 of weights, tokenizer and settings, see `find_fingerprint`."""
+        return find_fingerprint(
+            self.path,
+            max_length=self.max_length,
+            hidden_layer=self.hidden_layer,
+            dtype=self.dtype,
+        )
 
     def tokenize(self, prompts: Sequence[str]) -> Tokenized:
         """Turn b prompts into int32 ids [b max_length] and lengths [b].
@@ -227,9 +233,44 @@ def read_model_type(path: pathlib.Path) -> str:
     return str(kind)
 
 
-def _describe(config: Any) -> dict[str, Any]:
-    """Return a config without the place it was read from and the library's version."""
-    fields = json.loads(config.to_json_string(use_diff=False))
+def find_fingerprint(
+    path: os.PathLike | str, *, max_length: int, hidden_layer: int, dtype: str
+) -> str:
+    """Return the fingerprint of the encoder in a directory, under some settings.
+
+    All of its weights are read, but neither torch nor transformers is needed. The same weights in
+    other files, in other shards say, have another fingerprint.
+
+    Args:
+        path: the directory.
+        max_length, hidden_layer, dtype: as `TransformersEncoder.from_pretrained` takes them.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file of JSON is damaged, or `config.json` names no model.
+    """
+    path = pathlib.Path(path)
+    read_model_type(path)
+    fields = json.loads((path / "config.json").read_bytes())
     for name in ("_name_or_path", "transformers_version"):
         fields.pop(name, None)
-    return fields
+    settings = [fields, max_length, hidden_layer, dtype]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in (TOKENIZER_FILE, *_find_weights(path)):
+        with open(path / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _find_weights(path: pathlib.Path) -> list[str]:
+    """Return the names of the files that hold the weights."""
+    there = [name for name in _WEIGHTS if (path / name).is_file()]
+    if not there:
+        raise FileNotFoundError(f"{path} holds no weights; give a directory that holds {_LAYOUT}")
+    first = there[0]
+    if not first.endswith(".json"):
+        return [first]
+    try:
+        return sorted(set(json.loads((path / first).read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / first} names no files of weights: {error}") from error

@@ -206,6 +206,7 @@ def test_captions_are_read_from_nested_features(tmp_path):
     assert len(source) == 4
     assert source[0]["caption"] == "text 0.0"
     assert source[3]["caption"].tolist() == ["text 3.0", "text 3.1"]
+    assert [source.captions(i) for i in (0, 3)] == [("text 0.0",), ("text 3.0", "text 3.1")]
     assert source[3]["image"].shape == (11, 9, 3)
     assert [source.image_size(i) for i in range(4)] == [(8 + i, 9) for i in range(4)]
     titles = TFDSCaptionSource("talk", "train[2:]", tmp_path, caption_key="image/title")

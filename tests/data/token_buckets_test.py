@@ -8,7 +8,13 @@ import pytest
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.pipeline import make_bucketed_loader
 from maskgil_jax.data.token_buckets import describe_token_buckets, open_token_buckets
-from maskgil_jax.data.token_dataset import TokenDataset, TokenizerOrigin, TokenRecord
+from maskgil_jax.data.token_dataset import (
+    FeaturedRecord,
+    TextOrigin,
+    TokenDataset,
+    TokenizerOrigin,
+    TokenRecord,
+)
 from maskgil_jax.data.token_records import write_shard
 from maskgil_jax.data.transforms import Chain, PickCaption, PickCrop
 
@@ -45,6 +51,9 @@ def write_bucket(folder, size, count, **changes):
         )
         for number in range(count)
     ]
+    if dataset.text is not None:
+        one = np.ones((2, dataset.text.width), np.float32)
+        records = [FeaturedRecord(**vars(r), features=(one,) * len(r.captions)) for r in records]
     shard = write_shard(folder / dataset.shard_name(0), folder / "x", records, dataset.layout)
     dataset = dataclasses.replace(dataset, shards=(shard,))
     (folder / "dataset.json").write_text(dataset.to_json())
@@ -105,6 +114,18 @@ def test_a_bucket_that_is_missing_or_another_is_named(folder):
     other = dataclasses.replace(DATASET.tokenizer, fingerprint="cd" * 32)
     write_bucket(folder / "16x4", (16, 4), 1, tokenizer=other)
     with pytest.raises(DatasetError, match="do not belong together: 4x16 has tokens of abab.*cdcd"):
+        open_token_buckets(folder)
+    text = TextOrigin(
+        name="gemma",
+        path="gemma",
+        fingerprint="ef" * 32,
+        hidden_layer=-1,
+        width=3,
+        dtype="float32",
+        length=4,
+    )
+    write_bucket(folder / "16x4", (16, 4), 1, text=text)
+    with pytest.raises(DatasetError, match="has .* captions, 16x4 has .* float32 features of efef"):
         open_token_buckets(folder)
 
 

@@ -9,12 +9,15 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from maskgil_jax import checkpoints
-from maskgil_jax.data import token_records
+from maskgil_jax.data import token_dataset, token_records
 from maskgil_jax.data.errors import DatasetError
 from maskgil_jax.data.pipeline import make_loader
 from maskgil_jax.data.token_dataset import (
+    FEATURE_TYPES,
+    FeaturedRecord,
     Layout,
     Shard,
+    TextOrigin,
     TokenDataset,
     TokenizerOrigin,
     TokenRecord,
@@ -466,4 +469,136 @@ def test_settings_that_differ_are_listed_without_the_path():
         "tokenizer.fingerprint",
         "crops",
         "num_shards",
+    ]
+
+
+TEXT = TextOrigin(
+    name="gemma",
+    path="somewhere",
+    fingerprint="ef" * 32,
+    hidden_layer=-2,
+    width=3,
+    dtype="bfloat16",
+    length=6,
+)
+FEATURED = dataclasses.replace(DATASET, has_captions=True, text=TEXT)
+
+
+def add_features(record, dtype="bfloat16"):
+    """Give text k of image i (i + k) % 6 + 1 tokens, and every third image another text."""
+    captions = record.captions + ("zwei",) * (record.index % 3 == 1)
+    rng = np.random.default_rng(record.index)
+    features = tuple(
+        rng.standard_normal(((record.index + k) % 6 + 1, 3)).astype(FEATURE_TYPES[dtype])
+        for k in range(len(captions))
+    )
+    return FeaturedRecord(**vars(record) | {"captions": captions}, features=features)
+
+
+@pytest.mark.parametrize("dtype", FEATURE_TYPES)
+def test_features_come_back_bit_for_bit_in_their_type(tmp_path, dtype):
+    dataset = dataclasses.replace(FEATURED, text=dataclasses.replace(TEXT, dtype=dtype))
+    write_folder(tmp_path, dataset, change=lambda record: add_features(record, dtype))
+    source = TokenRecordSource(tmp_path, captions=True, features=True)
+    assert source.dataset.text == dataset.text
+    for i in range(10):
+        expected = add_features(make_record(i, FEATURED), dtype)
+        found = source[i]
+        assert found.keys() == {"tokens", "caption", "features"}
+        assert len(found["features"]) == np.size(found["caption"]) == 1 + (i % 3 == 1)
+        for one, other in zip(found["features"], expected.features, strict=True):
+            assert one.dtype == other.dtype == FEATURE_TYPES[dtype]
+            assert one.tobytes() == other.tobytes()
+    assert TokenRecordSource(tmp_path, captions=True)[0].keys() == {"tokens", "caption"}
+    assert TokenRecordSource(tmp_path)[0].keys() == {"tokens", "label"}
+    # As any reader of the format sees them.
+    arrays = dict(safetensors.deserialize(dataset.layout.encode(expected)))
+    stored = arrays["features"]
+    code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    assert (stored["dtype"], list(stored["shape"])) == (code, [4, 3])
+
+
+def test_without_features_the_format_is_what_it_was():
+    digest = token_records.hashlib.sha256()
+    captioned = dataclasses.replace(DATASET, has_captions=True)
+    for dataset in (DATASET, captioned):
+        digest.update(dataset.to_json().encode())
+        for i in range(10):
+            digest.update(dataset.layout.encode(make_record(i, dataset)))
+    assert digest.hexdigest() == "e6c1f3cc054fb32833738cb6c5f9caf3218de9ee3015ce1511c96fc0192e2659"
+    fields = json.loads(FEATURED.to_json())
+    assert (fields["version"], fields["text"]) == (2, dataclasses.asdict(TEXT))
+    assert TokenDataset.from_json(FEATURED.to_json()) == FEATURED
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([(2, 4)], r"features are bfloat16 \(2, 4\); expected bfloat16 of width 3"),
+        ([(7, 3)], "features of 7 tokens of a text; allowed: 6"),
+        ([], "features of 0 texts; expected those of 1"),
+        ([(1, 3), (1, 3)], "features of 2 texts; expected those of 1"),
+    ],
+)
+def test_features_of_another_shape_are_not_written(features, message):
+    arrays = tuple(np.zeros(shape, FEATURE_TYPES["bfloat16"]) for shape in features)
+    record = FeaturedRecord(**vars(make_record(0, FEATURED)), features=arrays)
+    with pytest.raises(DatasetError, match=message):
+        FEATURED.layout.encode(record)
+
+
+def test_features_of_another_type_or_that_are_no_numbers_are_not_written():
+    record = make_record(0, FEATURED)
+    wide = FeaturedRecord(**vars(record), features=(np.zeros((2, 3), np.float32),))
+    with pytest.raises(DatasetError, match=r"features are float32 \(2, 3\); expected bfloat16"):
+        FEATURED.layout.encode(wide)
+    lost = np.full((2, 3), np.inf, FEATURE_TYPES["bfloat16"])
+    with pytest.raises(DatasetError, match="are no finite numbers"):
+        FEATURED.layout.encode(dataclasses.replace(wide, features=(lost,)))
+    with pytest.raises(DatasetError, match="features of 0 texts; expected those of 1"):
+        FEATURED.layout.encode(record)
+    with pytest.raises(DatasetError, match="features of 1 texts; expected those of 0"):
+        dataclasses.replace(FEATURED, text=None).layout.encode(wide)
+
+
+def test_features_that_do_not_make_up_their_lengths_are_damage():
+    record = add_features(make_record(1, FEATURED))
+    arrays = token_dataset._load_arrays(FEATURED.layout.encode(record))
+    assert arrays["feature_lengths"].tolist() == [2, 3]
+    for lengths in ([2, 2], [6, -1], [2, 4], []):
+        changed = arrays | {"feature_lengths": np.asarray(lengths, np.int32)}
+        with pytest.raises(DatasetError, match="do not make up the 5 features"):
+            FEATURED.layout.decode(safetensors.numpy.save(changed))
+    del arrays["features"]
+    with pytest.raises(DatasetError, match="it is no token record: 'features'"):
+        FEATURED.layout.decode(safetensors.numpy.save(arrays))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=1), "version 1; this release reads 2 with features"),
+        (lambda d: d.pop("text"), "version 2; this release reads 1 without features"),
+        (lambda d: d["text"].pop("width"), "width of its text is missing"),
+        (lambda d: d["text"].update(dtype="float16"), "dtype 'float16' .*: float32, bfloat16"),
+        (lambda d: d["text"].update(length=0), "width 3 and length 0 must be at least 1"),
+        (lambda d: d["text"].update(fingerprint="ef"), "fingerprint 'ef' is no SHA-256"),
+        (lambda d: d.update(text=None), "text None must be of type dict"),
+        (lambda d: d.update(has_captions=False), "has_captions is false"),
+    ],
+)
+def test_a_wrong_word_on_features_is_refused(tmp_path, change, message):
+    write_folder(tmp_path, FEATURED, change=add_features)
+    change_json(tmp_path, change)
+    with pytest.raises(DatasetError, match=message):
+        TokenRecordSource(tmp_path)
+
+
+def test_another_text_encoder_is_another_setting_wherever_it_lies():
+    moved = dataclasses.replace(TEXT, path="elsewhere", name="other")
+    assert FEATURED.differences(dataclasses.replace(FEATURED, text=moved)) == []
+    other = dataclasses.replace(TEXT, fingerprint="cd" * 32, length=5)
+    assert FEATURED.differences(dataclasses.replace(FEATURED, text=other)) == [
+        f"text.fingerprint: '{'ef' * 32}' → '{'cd' * 32}'",
+        "text.length: 6 → 5",
     ]

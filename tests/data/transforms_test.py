@@ -4,6 +4,8 @@ import pytest
 from maskgil_jax.data.transforms import (
     CenterCrop,
     Chain,
+    PickCaption,
+    PickFeatures,
     RandomAffine,
     RandomCrop,
     RandomFlip,
@@ -186,3 +188,23 @@ def test_a_random_window_of_a_bucket_holds_most_of_what_fits():
     crops = [apply(ResizedRandomCrop(size=(20, 40)), wide, s).astype(int) for s in range(200)]
     shares = np.array([(crop[0, -1, 0] - crop[0, 0, 0]) / 200 for crop in crops])
     assert 0.74 <= shares.min() < 0.8 < 0.95 < shares.max() <= 1
+
+
+def test_stored_features_are_of_the_text_that_would_be_drawn():
+    texts = np.array(["a", "bb", "ccc"])
+    features = tuple(np.full((len(text), 2), len(text), np.float32) for text in texts)
+    record = {"tokens": np.zeros((1, 1)), "caption": texts, "features": features}
+    drawn = set()
+    for seed in range(30):
+        one, other = np.random.default_rng(seed), np.random.default_rng(seed)
+        text = PickCaption()(record, one)["caption"]
+        found = PickFeatures(length=4)(record, other)
+        assert one.random() == other.random()
+        assert found.keys() == {"tokens", "caption", "caption_length"}
+        length = int(found["caption_length"])
+        assert (length, found["caption_length"].dtype) == (len(text), np.int32)
+        assert found["caption"].shape == (4, 2)
+        assert (found["caption"][:length] == length).all()
+        assert not found["caption"][length:].any()
+        drawn.add(length)
+    assert drawn == {1, 2, 3}

@@ -11,7 +11,7 @@ import tiny
 import tiny_text
 
 from maskgil_jax import checkpoints
-from maskgil_jax.loading import load_model, load_text_encoder
+from maskgil_jax.loading import identify_text_encoder, load_model, load_text_encoder
 from maskgil_jax.text.base import TextEncoder, Tokenized
 from maskgil_jax.text.gemma import take_layers
 from tools.export_weights import export_weights
@@ -113,6 +113,25 @@ def test_fingerprints_tell_encoders_apart(gemma, config, tmp_path):
         tmp_path / "copy", **fields, params=tiny_text.make_params(config), files=[file]
     )
     assert fingerprint(tmp_path / "copy") == first
+
+
+def test_an_encoder_is_identified_without_its_weights(gemma, config, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((gemma / "config.json").read_bytes())
+    (bare / "params.safetensors").touch()
+    for options in (
+        {"max_length": 9, "hidden_layer": -1, "dtype": "float32"},
+        {"max_length": 8, "hidden_layer": 1, "dtype": "bfloat16"},
+    ):
+        found = identify_text_encoder(bare, **options)
+        assert found == (load_text_encoder(gemma, **options).fingerprint, config.param_dtype)
+    vq = tiny.make_tokenizer_dir(tmp_path / "vq")
+    settings = {"max_length": 8, "hidden_layer": -1, "dtype": "float32"}
+    with pytest.raises(ValueError, match="holds a tokenizer, but a text-encoder is needed"):
+        identify_text_encoder(vq, **settings)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        identify_text_encoder(tmp_path / "gone", **settings)
 
 
 def test_ids_and_lengths_that_do_not_fit_are_refused(gemma):
@@ -246,6 +265,43 @@ def test_t5_takes_settings_and_refuses_others(t5, tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_text_encoder(tmp_path)
+
+
+def test_t5_is_identified_by_its_files(t5, tmp_path):
+    settings = {"max_length": 9, "hidden_layer": 1, "dtype": "bfloat16"}
+    first = identify_text_encoder(t5, **settings)
+    assert first == (load_text_encoder(t5, **settings).fingerprint, "float32")
+
+    def copy(name, data):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        for path in t5.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / name).write_bytes(data)
+        return identify_text_encoder(folder, **settings).fingerprint
+
+    weights = bytearray((t5 / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    words = (t5 / "tokenizer.json").read_bytes() + b"\n"
+    changed = json.loads((t5 / "config.json").read_text()) | {"d_ff": 25}
+    found = {
+        copy("model.safetensors", bytes(weights)),
+        copy("tokenizer.json", words),
+        copy("config.json", json.dumps(changed).encode()),
+    }
+    assert len(found | {first.fingerprint}) == 4
+    named = json.loads((t5 / "config.json").read_text()) | {"_name_or_path": "elsewhere"}
+    (tmp_path / "config" / "config.json").write_text(json.dumps(named))
+    assert identify_text_encoder(tmp_path / "config", **settings) == first
+    # An index names the shards.
+    shards = tmp_path / "config"
+    (shards / "model.safetensors").rename(shards / "model-1.safetensors")
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert identify_text_encoder(shards, **settings) == first
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json names no files of weights"):
+        identify_text_encoder(shards, **settings)
 
 
 def test_weights_that_are_not_whole_are_refused(t5, tmp_path):

@@ -635,6 +635,28 @@ def test_unreadable_pictures_of_buckets_are_counted_in_all(inputs, captioned, tm
     assert "left out 1 unreadable: 3.png: its content is no known" in output.err
 
 
+def test_a_bucket_whose_only_picture_is_broken_is_left_out(inputs, captioned, tmp_path, capsys):
+    for number in (1, 4):
+        whole = (captioned / f"{number}.png").read_bytes()
+        (captioned / f"{number}.png").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "tokens"
+    assert run_bucketed(inputs, captioned, out, max_bad_images=1) == 1
+    assert "2 unreadable images, 1 allowed" in capsys.readouterr().err
+    for _ in range(2):  # and again where all is there
+        assert run_bucketed(inputs, captioned, out, max_bad_images=2) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        counts = {"16x16": 5, "20x12": 2}
+        assert report.items() >= {"images": 7, "skipped": 2, "buckets": counts}.items()
+        assert list(open_token_buckets(out)) == [(16, 16), (20, 12)]
+    # But not if nothing is left.
+    for picture in captioned.glob("*.png"):
+        whole = picture.read_bytes()
+        picture.write_bytes(whole[:48])
+    assert run_bucketed(inputs, captioned, tmp_path / "other", max_bad_images=9) == 1
+    assert "all 9 images" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "buckets.json").exists()
+
+
 def test_places_share_a_bucket_of_fewer_pictures_than_places(tmp_path):
     pictures, labels = digits_arrays("test")
     arrays = {"image": pictures[:2], "label": labels[:2]}

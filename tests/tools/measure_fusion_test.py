@@ -54,6 +54,22 @@ def test_a_row_for_every_share(fused, tmp_path, capsys):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--repeats=0", "error: --repeats 0 must be at least 1"),
+        ("--batch_sizes=4,0", r"error: --batch_sizes \[4, 0\] must be one or more, each at least"),
+    ],
+)
+def test_times_that_cannot_be_taken_are_refused_at_once(tmp_path, monkeypatch, flag, message):
+    def never(*_, **__):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr(measure_fusion, "evaluate", never)
+    with pytest.raises(SystemExit, match=message):
+        measure_fusion.main(["--workdir=w", "--ar_checkpoint=a", f"--out={tmp_path / 'x'}", flag])
+
+
 def test_bad_shares_end_in_one_line(fused, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("share 2.0 of the tokens is out of range; allowed: 0 to 1")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from extraction import work
+from extraction.features import TextReader
 from extraction.shards import Encode, Place, ShardMaker, check_skipped
 
 from maskgil_jax.checkpoints import write_text_atomically
@@ -31,6 +32,8 @@ def extract(
     max_bad_images: int = 0,
     skipped_before: int = 0,
     num_threads: int = 8,
+    text_reader: TextReader | None = None,
+    may_be_empty: bool = False,
     synchronise: Callable[[], None] = lambda: None,
 ) -> TokenDataset:
     """Write the token records of a data set, or what is missing of them.
@@ -45,6 +48,9 @@ def extract(
         max_bad_images: how many unreadable images are left out, in all; one more is an error.
         skipped_before: how many of them were left out of other parts of the data set.
         num_threads: threads that read images.
+        text_reader: makes the features of the texts, where `wanted.text` asks for them.
+        may_be_empty: whether all images may be left out, as of one part of a data set; otherwise
+            that is an error.
         synchronise: waits until every process has come there.
 
     Returns:
@@ -54,6 +60,8 @@ def extract(
         DatasetError: the folder holds something else or is in use, or more images are unreadable
             than allowed.
     """
+    if (text_reader is None) != (wanted.text is None):
+        raise ValueError(f"features by {wanted.text} need what reads texts, and nothing else does")
     place = place or Place()
     # Of fewer images than processes, one shard each is all there can be; the others wait.
     if place.count > wanted.num_shards and wanted.num_shards < wanted.source_records:
@@ -80,11 +88,14 @@ def extract(
                 max_bad_images=max_bad_images,
                 skipped_before=skipped_before,
                 num_threads=num_threads,
+                text_reader=text_reader,
             )
             maker.make_shards()
         if place.index > 0:
             return _wait_for_first(out)
-        finished = finished or _finish(out, wanted, place, max_bad_images, skipped_before)
+        finished = finished or _finish(
+            out, wanted, place, max_bad_images, skipped_before, may_be_empty
+        )
         for other in range(1, place.count):
             while not work.is_free(work.process_lock(out, other)):
                 time.sleep(_POLL_SECONDS)
@@ -101,6 +112,7 @@ def _finish(
     place: Place,
     max_bad_images: int,
     skipped_before: int,
+    may_be_empty: bool,
 ) -> TokenDataset:
     """Wait for the shards of the other processes and write `dataset.json`."""
     notes = []
@@ -121,9 +133,12 @@ def _finish(
         notes.append(note)
     skipped = [why for note in notes for _, why in note.skipped]
     check_skipped(skipped_before + len(skipped), max_bad_images, skipped[-1] if skipped else "")
-    path = work.read_settings(out).tokenizer
-    finished = dataclasses.replace(wanted, tokenizer=path, shards=tuple(notes))
-    if not finished.count:
+    # With the paths that were given at first: the same may lie elsewhere now.
+    began = work.read_settings(out)
+    finished = dataclasses.replace(
+        wanted, tokenizer=began.tokenizer, text=began.text, shards=tuple(notes)
+    )
+    if not (finished.count or may_be_empty):
         raise DatasetError(f"all {wanted.source_records} images are unreadable")
     # Through the working folder, which goes: a kill leaves no half of it in the data set.
     partial = out / work.WORK / DATASET_FILE

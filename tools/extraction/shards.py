@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from extraction import work
+from extraction.features import TextReader
 
 from maskgil_jax.data.crops import Crops
 from maskgil_jax.data.errors import DatasetError, ImageReadError
@@ -66,11 +67,13 @@ class ShardMaker:
         max_bad_images: int,
         skipped_before: int,
         num_threads: int,
+        text_reader: TextReader | None,
     ):
         self._wanted, self._source, self._crops, self._encode = wanted, source, crops, encode
         self._out, self._place, self._num_threads = out, place, num_threads
         self._max_bad_images = max_bad_images
         self._skipped = skipped_before
+        self._text_reader = text_reader
         self._progress = _Progress(place, sum(map(len, map(wanted.shard_range, self._shards))))
 
     @property
@@ -97,6 +100,8 @@ class ShardMaker:
         name = self._wanted.shard_name(shard)
         skipped: list[tuple[int, str]] = []
         records = self._encode_images(self._wanted.shard_range(shard), skipped)
+        if self._text_reader is not None:
+            records = self._text_reader.add_features(records)
         partial = self._out / work.WORK / f"{name}.partial"
         with contextlib.closing(records):
             written = write_shard(self._out / name, partial, records, self._wanted.layout)
