@@ -98,7 +98,8 @@ class Statement:
 
     Attributes:
       groups: one to three digits, put together where they are alike. Either all colours are told
-        or none. In the order in which they are named, that of reading unless there is a relation.
+        or none. With a relation the first is the one that it is said of; else they are named in
+        this order.
       relation: "left of" or "above": where every digit of the first group is, seen from every one
         of the others; None if nothing is said of it.
     """
@@ -178,7 +179,8 @@ class CaptionedCanvasSource:
     """Give canvases as `{"image": uint8 [H W 3], "caption": str}`.
 
     Captions are ASCII in lower case, at most 64 bytes. They name digits in the order of reading,
-    line by line, unless they say where one is, seen from the others; then four in five do.
+    line by line, unless they say where one is, seen from the others: of two, the left or the upper
+    one is named first in five of six captions.
     Record i is a function of (seed, split, i, size) alone; the digits are those of the split.
     Pictures look as those of `CanvasSource`, but other things are on them: single digits, digits
     that are alike, and alike in colour, are more frequent.
@@ -404,7 +406,7 @@ def _word_relation(
     """
     relation, first = statement.relation or "", names[0]
     if not forward and rng.random() < _WITH_SHARE:
-        one = statement.groups[0].count == 1
+        one = statement.groups[0].number == 1
         if relation == LEFT:
             return f"{first} with {names[1]} to {'its' if one else 'their'} right"
         return f"{first} with {names[1]} below {'it' if one else 'them'}"

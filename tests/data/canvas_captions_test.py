@@ -62,9 +62,13 @@ def parse(caption):
     text = re.sub(r",? on (black|a black canvas)$", "", caption)
     text = re.sub(r"^(a picture|an image|a photo|a drawing) of ", "", text)
     if match := re.fullmatch("(.*) with (.*) to (its|their) right", text):
-        return [*parse_names(match[1]), *parse_names(match[2])], "left of"
+        groups = [*parse_names(match[1]), *parse_names(match[2])]
+        assert (match[3] == "its") == (groups[0][0] == 1), caption
+        return groups, "left of"
     if match := re.fullmatch("(.*) with (.*) below (it|them)", text):
-        return [*parse_names(match[1]), *parse_names(match[2])], "above"
+        groups = [*parse_names(match[1]), *parse_names(match[2])]
+        assert (match[3] == "it") == (groups[0][0] == 1), caption
+        return groups, "above"
     for saying in sorted(PLACES, key=len, reverse=True):
         if f" {saying} " in text:
             first, rest = text.split(f" {saying} ")
