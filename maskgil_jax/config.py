@@ -89,7 +89,7 @@ def default() -> ConfigDict:
     model.condition = "first"  # place of the class token: first | last
     model.rope = "2d"  # 2d | 1d
     model.cond_rope = "identity"  # rotary row of the class token: identity | zero | table;
-    # of a caption's tokens: identity | zero | diagonal
+    # of a caption's tokens: identity | zero, of maskgil-text also diagonal
     model.rope_base = 10000.0
     model.rope_interpolation = False  # spread other grids over the trained positions (2d)
     model.embeddings = "separate"  # separate token and label tables | one shared table

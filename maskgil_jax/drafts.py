@@ -355,7 +355,8 @@ def load_drafting(
 ) -> CausalModel:
     """Load what begins images, and check that it was trained on what another model is given.
 
-    A model directory names no tokenizer and no text encoder; of a causal model only the number of
+    A model directory names no tokenizer and no text encoder, and the run of a model that was
+    trained on stored features need not name the latter; of such a causal model only the number of
     codes and the width of the features are known, of a language model the number of codes and the
     pixels of one.
 

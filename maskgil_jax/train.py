@@ -283,6 +283,11 @@ def _open_text_encoder(config: ConfigDict, stored: TextOrigin | None = None) -> 
                     f"text.encoder: {error}. It may be empty: the tokens in {config.data.path} "
                     "hold the features"
                 ) from error
+            except ValueError as error:  # such as fewer layers
+                raise ValueError(
+                    f"text.encoder {config.text.encoder} is not what made the features in "
+                    f"{config.data.path} ({stored.describe()}): {error}"
+                ) from error
         build_captions.check_stored_features(config, stored, *found)
         return None
     if not config.text.encoder:

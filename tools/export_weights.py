@@ -36,7 +36,7 @@ def export_weights(run_dir: str, dst: str) -> None:
         model = loading.load_model(run_dir)
         family, config, params = model.config.family, model.config.to_dict(), model.params
         kind = "model"
-        if run.text.encoder:
+        if getattr(model.config, "text", None) == "features":
             # Where it lies is of no use elsewhere; which of its features are read, is.
             source["text"] = {name: run.text[name] for name in loading.TEXT_SETTINGS}
     checkpoints.write_model_dir(

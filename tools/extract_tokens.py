@@ -360,8 +360,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         grids = {"buckets": {format_size(d.image_size): d.count for d in finished if d.count}}
     if reader is not None and reader.cut:
         place.say(
-            f"{reader.cut:,} of {reader.count:,} texts have more than --text_length "
-            f"{get_text_settings(args)['text_length']} tokens and are cut"
+            f"{reader.cut:,} of the {reader.count:,} texts that were read here and now have more "
+            f"than --text_length {get_text_settings(args)['text_length']} tokens and are cut"
         )
     report: dict[str, Any] = {
         "out": str(args.out),

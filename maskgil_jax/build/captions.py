@@ -207,10 +207,11 @@ def check_stored_features(
         problems.append(f"text.dtype {text.dtype} must be {stored.dtype!r}")
     if model.text_width != stored.width:
         problems.append(f"model.text_width {model.text_width} must be {stored.width}")
-    if model.text_length < stored.length:
+    if model.text_length != stored.length:
+        # More, and the encoder might not read as much when it reads prompts.
         problems.append(
-            f"model.text_length {model.text_length} must be at least {stored.length}, at which "
-            "their captions were cut"
+            f"model.text_length {model.text_length} must be {stored.length}, at which their "
+            "captions were cut"
         )
     if problems:
         raise ValueError(

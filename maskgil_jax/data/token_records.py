@@ -30,7 +30,8 @@ from maskgil_jax.data.token_dataset import (
 
 # One record per chunk, so that a record is read without its neighbours.
 _WRITER_OPTIONS = "group_size:1"
-_BLOCK = 256  # records read at a time when all are checked
+# Records read at a time when all are checked, and bytes of them: features are large.
+_BLOCK, _BLOCK_BYTES = 256, 1 << 24
 
 
 def write_shard(
@@ -225,7 +226,9 @@ class TokenRecordSource:
             )
 
     def _check_records(self) -> None:
-        blocks = [range(i, min(i + _BLOCK, len(self))) for i in range(0, len(self), _BLOCK)]
+        size = sum(shard.size for shard in self.dataset.shards)
+        block = min(_BLOCK, max(1, _BLOCK_BYTES * len(self) // max(size, 1)))
+        blocks = [range(i, min(i + block, len(self))) for i in range(0, len(self), block)]
         expected = self._expected_indices()
         with _pool() as pool:
             for rows, found in zip(blocks, pool.map(self._read_indices, blocks), strict=True):

@@ -356,10 +356,12 @@ def test_loading_warns_of_nothing(gemma):
         load_text_encoder(gemma, max_length=40).tokenize(PROMPTS)
 
 
-def test_an_exported_model_reads_the_layer_that_it_was_trained_with(tmp_path, monkeypatch):
+# Trained on stored features, it may name no encoder.
+@pytest.mark.parametrize("encoder", ["gemma", ""])
+def test_an_exported_model_reads_the_layer_that_it_was_trained_with(encoder, tmp_path, monkeypatch):
     vq = tiny.make_tokenizer_dir(tmp_path / "vq")
     model = tiny.make_generator(vq, "maskgil-text", {"text": "features"}).model
-    model.run.text.update(encoder="gemma", hidden_layer=-2, dtype="bfloat16")
+    model.run.text.update(encoder=encoder, hidden_layer=-2, dtype="bfloat16")
     exported = tmp_path / "model"
     with monkeypatch.context() as patch:
         patch.setattr("maskgil_jax.workdir.read_run_config", lambda path: model.run)

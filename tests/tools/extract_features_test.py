@@ -71,7 +71,7 @@ def test_every_text_has_the_features_of_its_tokens(inputs, tmp_path, capsys, dty
     encoder = load_text_encoder(inputs / "gemma2", max_length=10, hidden_layer=layer, dtype=dtype)
     output = capsys.readouterr().out.splitlines()
     assert json.loads(output[-1])["features"] == encoder.fingerprint[:12]
-    assert output[-2].endswith("of 10 texts have more than --text_length 10 tokens and are cut")
+    assert output[-2].endswith("now have more than --text_length 10 tokens and are cut")
     source = TokenRecordSource(out)
     origin = source.dataset.text
     assert (origin.name, origin.path) == ("gemma2", str(inputs / "gemma2"))
