@@ -4,8 +4,8 @@ A learned encoder reads the bytes of a caption, so that nothing has to be downlo
 
 Paper row: none (the shape of Table 4, GenEval, on the embedded captioned canvases).
 Hardware: preset `recommended` one GPU; `cpu` two CPU cores.
-Expected metric: `cpu`: after 41 minutes single object 0.97, colors 0.93, counting 0.84, position
-0.14 (RESULTS.md). `recommended`: not measured.
+Expected metric: `cpu`: after 50 minutes single object 0.98, colors 0.99, counting 0.80, position
+0.66 (RESULTS.md). `recommended`: not measured.
 Command: python -m maskgil_jax.train --config configs/t2i_digits.py --workdir runs/t2i_digits
 On two CPU cores: python -m maskgil_jax.train --config configs/t2i_digits.py:cpu --workdir runs/t2i
 """
