@@ -486,6 +486,8 @@ class ImageGenerator:
         model = self.model.config
         if not isinstance(model, CaptionModelConfig):
             raise ValueError(_describe_classes(model))
+        if negative_prompt is not None:
+            _check_negative([negative_prompt])
         for texts in (prompts, *([] if negative_prompt is None else [[negative_prompt]])):
             build.tokenize_prompts(model, texts, self.text_encoder)
             if self.drafter is not None:
@@ -559,6 +561,7 @@ class ImageGenerator:
                 f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts; give one for "
                 "all of them, or one for each"
             )
+        _check_negative(negative_prompt)
         return Shown(
             condition=caption,
             null_condition=read(negative_prompt),
@@ -623,6 +626,13 @@ class ImageGenerator:
             return_trace=return_trace,
             batch_invariant=self.batch_invariant,
         )
+
+
+def _check_negative(prompts: Sequence[str]) -> None:
+    """Raise a `ValueError` that speaks of the negative prompt if one is empty."""
+    for prompt in prompts:
+        if isinstance(prompt, str) and not prompt.strip():
+            raise ValueError(f"negative_prompt {prompt!r} is empty; leave it out (None) for none")
 
 
 def _describe_classes(model: TokenModelConfig) -> str:

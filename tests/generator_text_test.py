@@ -45,6 +45,12 @@ def test_an_image_depends_on_its_prompt_and_its_number_alone(generator):
     assert images.shape == (3, 16, 24, 3)
 
 
+@pytest.mark.parametrize("negative", ["", ["a four", " ", "a nine"]])
+def test_an_empty_negative_prompt_is_named(generator, negative):
+    with pytest.raises(ValueError, match=r"negative_prompt '.?' is empty; leave it out"):
+        generator.tokens(prompts=PROMPTS, negative_prompt=negative)
+
+
 def test_guidance_leads_away_from_the_negative_prompt(generator):
     plain = generator.tokens(prompts=PROMPTS, guidance_scale=4.0)
     one = generator.tokens(prompts=PROMPTS, guidance_scale=4.0, negative_prompt="a four")

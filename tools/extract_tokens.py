@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -83,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tfds_name", help="name of a prepared TFDS data set (default: imagenet2012)")
     add("--split", default="train")
     add("--image_size", required=True, type=int, help="side of the encoded squares in pixels")
-    add("--buckets", default="none", help="none, or area: other shapes of the same area, too")
+    shapes = "none, area: other shapes of the same area, too; or listed: those of --bucket_sizes"
+    add("--buckets", default="none", help=shapes)
+    add("--bucket_sizes", help="heights x widths, such as 64x64,64x96; --image_size among them")
     add("--bucket_multiple", type=int, help="unit of the sides of buckets in pixels (default: 32)")
     add("--bucket_max_ratio", type=float, help="longer over shorter side at most (default: 4)")
     add("--crops", default="center", choices=crop_kinds.KINDS, help="what is encoded of an image")
@@ -118,6 +121,20 @@ def open_source(args: argparse.Namespace) -> Source:
     return build.make_source(make_config(args))
 
 
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """Read the `HxW,HxW` of `--bucket_sizes`.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    if not re.fullmatch("[0-9]+x[0-9]+(,[0-9]+x[0-9]+)*", text):
+        raise ValueError(
+            f"--bucket_sizes {text!r} are no sizes; write heights and widths in pixels: 64x64,64x96"
+        )
+    sides = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+    return tuple((height, width) for height, width in sides)
+
+
 def make_config(args: argparse.Namespace) -> ConfigDict:
     """Return the configuration of the data set of images that the command line names.
 
@@ -133,6 +150,8 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
     for name in ("tfds_name", "caption_key", "bucket_multiple", "bucket_max_ratio"):
         if getattr(args, name) is not None:
             data[name] = getattr(args, name)
+    if args.bucket_sizes is not None:
+        data.bucket_sizes = parse_sizes(args.bucket_sizes)
     # None is replaced by another: that would store an image twice.
     data.max_bad_images = 0
     if args.data == "captions":

@@ -657,6 +657,15 @@ def test_a_bucket_whose_only_picture_is_broken_is_left_out(inputs, captioned, tm
     assert not (tmp_path / "other" / "buckets.json").exists()
 
 
+def test_sizes_may_be_listed(inputs, captioned, tmp_path, capsys):
+    changes = {"buckets": "listed", "bucket_multiple": None, "bucket_max_ratio": None}
+    changes["bucket_sizes"] = "16x16,8x16"
+    assert run_bucketed(inputs, captioned, tmp_path / "tokens", **changes) == 0
+    counts = {"16x16": 7, "8x16": 2}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["buckets"] == counts
+    assert sorted(open_token_buckets(tmp_path / "tokens")) == [(8, 16), (16, 16)]
+
+
 def test_places_share_a_bucket_of_fewer_pictures_than_places(tmp_path):
     pictures, labels = digits_arrays("test")
     arrays = {"image": pictures[:2], "label": labels[:2]}
@@ -675,6 +684,8 @@ def test_places_share_a_bucket_of_fewer_pictures_than_places(tmp_path):
         ({"caption_key": "text"}, "data.caption_key 'text' must be 'captions/text'"),
         ({"buckets": "none"}, "data.bucket_multiple 4 must be 32"),
         ({"bucket_multiple": 3}, "size 16 and multiple 3"),
+        ({"bucket_sizes": "16x16,8"}, "--bucket_sizes '16x16,8' are no sizes; write heights"),
+        ({"bucket_sizes": "16x16"}, "data.bucket_sizes ((16, 16),) must be ()"),
         ({"bucket_multiple": 2}, "not a multiple of the tokenizer's downsample factor 4"),
         ({"data": "folder", "split": "x"}, "'folder' has no captions: data.format 'jsonl'"),
     ],
