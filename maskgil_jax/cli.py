@@ -34,14 +34,14 @@ def join_processes() -> None:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read the `HxW` of a flag `--size`.
+def parse_size(text: str, flag: str = "--size") -> tuple[int, int]:
+    """Read the `HxW` of a flag.
 
     Raises:
         ValueError: if the text is something else.
     """
     if not (match := re.fullmatch(r"\s*([0-9]+)\s*[x×]\s*([0-9]+)\s*", text)):
-        raise ValueError(f"--size {text!r} is no size; write height and width in pixels: 256x384")
+        raise ValueError(f"{flag} {text!r} is no size; write height and width in pixels: 256x384")
     return int(match[1]), int(match[2])
 
 

@@ -4,7 +4,9 @@ import json
 import pathlib
 
 import numpy as np
+import tiny
 import tokenizers
+from PIL import Image
 from safetensors.numpy import save_file
 
 from maskgil_jax.convert import export_state_dict, find_family
@@ -172,3 +174,18 @@ def make_gemma_dir(path: pathlib.Path, generation: int = 2) -> pathlib.Path:
         files=[file],
     )
     return path
+
+
+def make_featured_inputs(folder: pathlib.Path, sizes: list, texts: list) -> pathlib.Path:
+    """Write `tokenizer`, `gemma1`, `gemma2`, and `pictures` of sizes (w, h) with their texts."""
+    tiny.make_tokenizer_dir(folder / "tokenizer")
+    for generation in (1, 2):
+        make_gemma_dir(folder / f"gemma{generation}", generation)
+    (folder / "pictures").mkdir()
+    lines = []
+    for i, (size, text) in enumerate(zip(sizes, texts, strict=True)):
+        picture = Image.new("RGB", size, (20 * i, 0, 0))
+        picture.save(folder / "pictures" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "caption": text}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder

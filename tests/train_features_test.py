@@ -1,13 +1,10 @@
 """Training from stored features: the same as from those computed on the way, without an encoder."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 import tiny
 import tiny_text
-from PIL import Image
 from train_test import final_state, losses
 
 from maskgil_jax import ImageGenerator, loading, sharding
@@ -21,17 +18,10 @@ LENGTH, WIDTH = 40, 24
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A tokenizer, two text encoders, and tokens with texts alone and with features."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.make_tokenizer_dir(folder / "tokenizer")
-    for generation in (1, 2):
-        tiny_text.make_gemma_dir(folder / f"gemma{generation}", generation)
-    (folder / "pictures").mkdir()
-    lines = []
-    for i in range(12):
-        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(folder / "pictures" / f"{i}.png")
-        texts = [f"a {'red ' * (i % 5)}seven", "two apples", "a dog"][: 1 + i % 3]
-        lines.append(json.dumps({"file_name": f"{i}.png", "caption": texts}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    texts = [[f"a {'red ' * (i % 5)}seven", "two apples", "a dog"][: 1 + i % 3] for i in range(12)]
+    folder = tiny_text.make_featured_inputs(
+        tmp_path_factory.mktemp("inputs"), [(16, 16)] * 12, texts
+    )
     flags = ["--data=captions", "--format=jsonl", "--captions", "--image_size=16"]
     flags += [f"--path={folder / 'pictures'}", f"--tokenizer={folder / 'tokenizer'}"]
     flags += ["--batch_size=4", "--num_shards=2"]

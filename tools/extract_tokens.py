@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -36,8 +35,8 @@ from extraction.shards import Encode, Place
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from maskgil_jax import cli, loading, sharding
 from maskgil_jax import config as schema
-from maskgil_jax import loading, sharding
 from maskgil_jax.build import captions
 from maskgil_jax.build import data as build
 from maskgil_jax.build.sizes import bucket_sizes
@@ -121,20 +120,6 @@ def open_source(args: argparse.Namespace) -> Source:
     return build.make_source(make_config(args))
 
 
-def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Read the `HxW,HxW` of `--bucket_sizes`.
-
-    Raises:
-        ValueError: if the text is something else.
-    """
-    if not re.fullmatch("[0-9]+x[0-9]+(,[0-9]+x[0-9]+)*", text):
-        raise ValueError(
-            f"--bucket_sizes {text!r} are no sizes; write heights and widths in pixels: 64x64,64x96"
-        )
-    sides = [tuple(map(int, size.split("x"))) for size in text.split(",")]
-    return tuple((height, width) for height, width in sides)
-
-
 def make_config(args: argparse.Namespace) -> ConfigDict:
     """Return the configuration of the data set of images that the command line names.
 
@@ -151,7 +136,8 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
         if getattr(args, name) is not None:
             data[name] = getattr(args, name)
     if args.bucket_sizes is not None:
-        data.bucket_sizes = parse_sizes(args.bucket_sizes)
+        sizes = args.bucket_sizes.split(",")
+        data.bucket_sizes = tuple(cli.parse_size(size, "--bucket_sizes") for size in sizes)
     # None is replaced by another: that would store an image twice.
     data.max_bad_images = 0
     if args.data == "captions":

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tiny
 import tiny_text
-from PIL import Image
 
 from maskgil_jax.data.token_buckets import open_token_buckets
 from maskgil_jax.data.token_dataset import FeaturedRecord, TokenRecord
@@ -24,19 +23,10 @@ def _tools_importable(monkeypatch):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A tokenizer, two text encoders, and pictures of two shapes with one text or two."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.make_tokenizer_dir(folder / "tokenizer")
-    for generation in (1, 2):
-        tiny_text.make_gemma_dir(folder / f"gemma{generation}", generation)
-    (folder / "pictures").mkdir()
-    lines = []
-    for i in range(7):
-        size = (16, 16) if i < 5 else (40, 20)
-        Image.new("RGB", size, (30 * i, 0, 0)).save(folder / "pictures" / f"{i}.png")
-        texts = [f"a {'red ' * i}seven", "two apples"] if i % 2 else f"a {'red ' * i}seven"
-        lines.append(json.dumps({"file_name": f"{i}.png", "caption": texts}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    sizes = [(16, 16)] * 5 + [(40, 20)] * 2
+    seven = [f"a {'red ' * i}seven" for i in range(7)]
+    texts = [[text, "two apples"] if i % 2 else text for i, text in enumerate(seven)]
+    return tiny_text.make_featured_inputs(tmp_path_factory.mktemp("inputs"), sizes, texts)
 
 
 def run_tool(inputs, out, *flags, **changes):

@@ -684,7 +684,7 @@ def test_places_share_a_bucket_of_fewer_pictures_than_places(tmp_path):
         ({"caption_key": "text"}, "data.caption_key 'text' must be 'captions/text'"),
         ({"buckets": "none"}, "data.bucket_multiple 4 must be 32"),
         ({"bucket_multiple": 3}, "size 16 and multiple 3"),
-        ({"bucket_sizes": "16x16,8"}, "--bucket_sizes '16x16,8' are no sizes; write heights"),
+        ({"bucket_sizes": "16x16,8"}, "--bucket_sizes '8' is no size; write height and width"),
         ({"bucket_sizes": "16x16"}, "data.bucket_sizes ((16, 16),) must be ()"),
         ({"bucket_multiple": 2}, "not a multiple of the tokenizer's downsample factor 4"),
         ({"data": "folder", "split": "x"}, "'folder' has no captions: data.format 'jsonl'"),
